@@ -104,7 +104,8 @@ def native_module() -> Extension:
             "-fno-trapping-math",  # lets conversions and selects vectorize; no result changes
             "-fno-math-errno",  # lets square roots vectorize
             "-ffp-contract=off",  # no fused multiply-add: every ISA level gives the same bits
-            "-Wno-maybe-uninitialized",  # GCC 12 reports its own AVX-512 header
+            "-Wno-maybe-uninitialized",  # GCC 12 reports its own AVX-512 header, by both
+            "-Wno-uninitialized",
             "-DNDEBUG",
             "-DNB_COMPACT_ASSERTIONS",
             "-ffunction-sections",

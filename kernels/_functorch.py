@@ -43,8 +43,9 @@ def refuse_tangents(op: str, arguments: tuple[Any, ...]) -> None:
     """
     if forward_ad._current_level < 0:
         return
+    unpack: Any = forward_ad.unpack_dual
     for x in arguments:
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+        if isinstance(x, Tensor) and unpack(x).tangent is not None:
             raise NotImplementedError(
                 f"{op}: kernels have no forward-mode derivatives (torch.func.jvp, dual tensors); "
                 "backend='eager' has them (MERIT_FAST_BACKEND=eager in a patched model)"

@@ -8,7 +8,6 @@ for backends.
 import functools
 import importlib
 import importlib.util
-import logging
 import os
 from collections.abc import Mapping
 from types import ModuleType
@@ -40,7 +39,12 @@ OPS: Mapping[str, tuple[Backend, ...]] = {
 
 NOT_BUILT = "was not built: install a C++ compiler, then reinstall merit_fast"
 
-logger = logging.getLogger(__name__)
+
+def logger() -> Any:
+    """The logger of fallbacks; most processes have none to log."""
+    import logging
+
+    return logging.getLogger(__name__)
 
 
 @functools.cache
@@ -150,4 +154,4 @@ def backend_table(device_type: str = "cpu") -> list[dict[str, Any]]:
 
 @functools.cache
 def _log_fallback(op: str, backend: str, reason: str) -> None:
-    logger.warning("%s: backend %r %s; using eager", op, backend, reason)
+    logger().warning("%s: backend %r %s; using eager", op, backend, reason)

@@ -12,6 +12,7 @@ from merit_fast.errors import BackendUnavailableError, InputError, MeritFastErro
 
 if TYPE_CHECKING:  # type checkers and the API reference see the names that load lazily
     from merit_fast.merge import load_merged, merge_models
+    from merit_fast.model.layered.load import load_layered
     from merit_fast.patch.model import patch_model
     from merit_fast.row_store.rows import open_rows
     from merit_fast.sketch.collector import kfac_factors
@@ -25,6 +26,7 @@ __all__ = [
     "MeritFastError",
     "__version__",
     "kfac_factors",
+    "load_layered",
     "load_merged",
     "merge_models",
     "open_rows",
@@ -36,6 +38,7 @@ __all__ = [
 
 _MODULES = {  # public names that are imported when they are first used
     "kfac_factors": "merit_fast.sketch.collector",
+    "load_layered": "merit_fast.model.layered.load",
     "load_merged": "merit_fast.merge",
     "merge_models": "merit_fast.merge",
     "open_rows": "merit_fast.row_store.rows",

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from merit_fast.units import human_count, human_time
 
@@ -13,21 +12,20 @@ _BAR_WIDTHS = (10, 30)
 _SPEED_AFTER_S = 0.5  # before that a rate says nothing
 
 
-@dataclass
 class Meter:
     """Amounts of one task: done in all, and done by an earlier run (which gives no rate)."""
 
-    name: str
-    total: float
-    unit: str
-    clock: Callable[[], float] = time.monotonic
-    done: float = 0.0
-    skipped: float = 0.0
-    detail: str = ""
-    started: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.started = self.clock()
+    def __init__(
+        self, name: str, total: float, unit: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.name = name
+        self.total = total
+        self.unit = unit
+        self.clock = clock
+        self.done = 0.0
+        self.skipped = 0.0
+        self.detail = ""
+        self.started = clock()
 
     def advance(self, amount: float, detail: str = "") -> None:
         self.done += amount

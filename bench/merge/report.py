@@ -204,7 +204,7 @@ def _goals(figures: Figures) -> str:
     lines = [
         *(_against(*goal) for goal in goals),
         *_memory_goals(figures),
-        "| four 7B-shaped models | `python -m bench.merge.seven_billion DIR` "
+        "| four 7B-shaped models | `python -m bench.merge.from_disk DIR` "
         "| runs, memory as above | |",
         _bits_goal(figures),
     ]

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.merge.seven_billion import HIDDEN, INTERMEDIATE, KEY_VALUE, LAYERS, VOCABULARY
+from bench.merge.from_disk import SHAPES
 from bench.sketch.work import DTYPES, Work, frozen, plain, sketched, small_model, token_work
 from bench.support.measure import Results, run_child
 
 VARIANTS = {"plain": plain, "frozen": frozen, "sketch": sketched}
+BIG = SHAPES["7b"]
 BATCH = 8
 ROUNDS = 3
 BIG_BATCH = 2
@@ -38,15 +39,15 @@ def big_config(quick: bool) -> Any:
     from transformers import Qwen2Config
 
     sizes: dict[str, Any] = dict(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        vocab_size=VOCABULARY,
+        hidden_size=BIG.hidden,
+        intermediate_size=BIG.intermediate,
+        num_hidden_layers=BIG.layers,
+        vocab_size=BIG.vocabulary,
     )
     if quick:
         sizes = dict(hidden_size=512, intermediate_size=640, num_hidden_layers=2, vocab_size=1000)
     heads = sizes["hidden_size"] // 128
-    kv_heads = 1 if quick else KEY_VALUE // 128
+    kv_heads = 1 if quick else BIG.key_value // 128
     return Qwen2Config(
         **sizes,
         num_attention_heads=heads,

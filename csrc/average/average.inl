@@ -1,4 +1,6 @@
 // Table of the average's kernels at one level.
+#include "average/convert.inl"
+#include "average/exact.inl"
 #include "average/sums.inl"
 #include "average/elect.inl"
 #include "average/deltas.inl"

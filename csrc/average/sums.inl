@@ -4,95 +4,10 @@
 static const int64_t kBlock = kAverageBlock;
 static const int kMostCertain = 8;  // inputs
 
-// Rounds to the nearest float, but ties and inexact results to the odd neighbour. A second rounding
-// to a narrower type then equals one rounding of the double (Boldo & Melquiond 2008).
-static inline uint32_t round_to_odd(double d) {
-  const float f = float(d);
-  const uint32_t bits = as_bits(f);
-  const double back = double(f), size = d < 0 ? -d : d, back_size = back < 0 ? -back : back;
-  const uint32_t toward_zero = bits - (back_size > size ? 1u : 0u);
-  return back == d || d != d ? bits : toward_zero | 1u;
-}
-
-static inline uint16_t bits_to_half(uint32_t bits) {
-  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 halves are denormal: adding 0.5 aligns the float's last bit with the half's last
-  // bit.
-  const uint32_t denormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t overflow = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t half = magnitude >= 0x477ff000u  ? overflow
-                        : magnitude < 0x38800000u ? denormal
-                                                  : normal;
-  return uint16_t(half == 0x7e00u ? half : sign | half);
-}
-
-template <class T, class Value>
-static inline void add_scaled(const T* __restrict x, const Value& value, double w, bool first,
-                              double* acc, int64_t n) {
-  if (first)
-    for (int64_t i = 0; i < n; i++) acc[i] = w * double(value(x[i]));
-  else
-    for (int64_t i = 0; i < n; i++) acc[i] += w * double(value(x[i]));
-}
-
-// acc = w * x, or without `first` acc += w * x, for n elements from `at` on.
-static void accumulate(const void* data, DType type, int64_t at, double w, bool first, double* acc,
-                       int64_t n) {
-  const uint16_t* half = static_cast<const uint16_t*>(data);
-  switch (type) {
-    case DType::BF16:
-      return add_scaled(half + at, [](uint16_t x) { return widen(x); }, w, first, acc, n);
-    case DType::F16:
-      return add_scaled(half + at, [](uint16_t x) { return half_to_float(x); }, w, first, acc, n);
-    case DType::F32:
-      return add_scaled(
-          static_cast<const float*>(data) + at, [](float x) { return x; }, w, first, acc, n);
-    case DType::F64:
-      return add_scaled(
-          static_cast<const double*>(data) + at, [](double x) { return x; }, w, first, acc, n);
-  }
-}
-
-// Rounds m doubles to out[at..at+m); any NaN becomes the type's positive quiet NaN. Returns the
-// number that are not finite.
-static int64_t store(const double* acc, void* out, DType type, int64_t at, int64_t m) {
-  int64_t nonfinite = 0;
-  switch (type) {
-    case DType::BF16: {
-      uint16_t* __restrict y = static_cast<uint16_t*>(out) + at;
-      for (int64_t i = 0; i < m; i++) y[i] = bits_to_bf16(round_to_odd(acc[i]));
-      for (int64_t i = 0; i < m; i++) nonfinite += (y[i] & 0x7f80u) == 0x7f80u;
-      return nonfinite;
-    }
-    case DType::F16: {
-      uint16_t* __restrict y = static_cast<uint16_t*>(out) + at;
-      for (int64_t i = 0; i < m; i++) y[i] = bits_to_half(round_to_odd(acc[i]));
-      for (int64_t i = 0; i < m; i++) nonfinite += (y[i] & 0x7c00u) == 0x7c00u;
-      return nonfinite;
-    }
-    case DType::F32: {
-      float* __restrict y = static_cast<float*>(out) + at;
-      for (int64_t i = 0; i < m; i++)
-        y[i] = acc[i] != acc[i] ? as_float(0x7fc00000u) : float(acc[i]);
-      for (int64_t i = 0; i < m; i++) nonfinite += (as_bits(y[i]) & 0x7f800000u) == 0x7f800000u;
-      return nonfinite;
-    }
-    case DType::F64: {
-      double* __restrict y = static_cast<double*>(out) + at;
-      for (int64_t i = 0; i < m; i++)
-        y[i] = acc[i] != acc[i] ? double(as_float(0x7fc00000u)) : acc[i];
-      for (int64_t i = 0; i < m; i++) nonfinite += !(y[i] - y[i] == 0.0);
-      return nonfinite;
-    }
-  }
-  return nonfinite;
-}
-
 static const int64_t kGroup = 128;
 
 // Rounds the fp32 sums of kGroup elements of bf16 inputs to bf16, and returns whether every fp64
-// sum provably rounds to the same; only then is y valid. With size = sum|w x| the fp32 sum is off
+// sum provably rounds to the same; only then y, which may be an input, is written. With size = sum|w x| the fp32 sum is off
 // by at most (K + 3) 2^-24 size, which is safe if twice that does not reach the middle between two
 // bf16. Sums by equal weights that are a power of two often hit that middle, but exactly: they have
 // no error while size <= 2^15 min|w x|.
@@ -103,6 +18,7 @@ static bool certain_group(const uint16_t* const* inputs, const float* weights, i
   float w[K];
   for (int k = 0; k < K; k++) x[k] = inputs[k] + at, w[k] = weights[k];
   const float error = float(2 * (K + 4)) * 0x1p-24f;
+  uint16_t result[kGroup];
   uint32_t doubtful = 0;
 #pragma GCC ivdep
   for (int i = 0; i < kGroup; i++) {
@@ -123,9 +39,11 @@ static bool certain_group(const uint16_t* const* inputs, const float* weights, i
     const float bound = as_float(least & 0x7fffffffu) * 0x1p15f;
     const uint32_t exact = (size <= bound) & (bound > 0x1p-75f) & (size < 0x1p100f);
     doubtful |= (power_of_two ? far | exact : far) ^ 1u;
-    y[i] = uint16_t(rounded >> 16);
+    result[i] = uint16_t(rounded >> 16);
   }
-  return doubtful == 0;
+  if (doubtful) return false;
+  std::memcpy(y, result, sizeof result);
+  return true;
 }
 
 typedef bool (*CertainGroup)(const uint16_t* const*, const float*, int64_t, uint16_t*);
@@ -158,8 +76,15 @@ static bool weighted_average(const void* const* inputs, const DType* types, cons
   CertainGroup certain = !all_bf16      ? nullptr
                          : power_of_two ? certain_group_of<true>(count)
                                         : certain_group_of<false>(count);
-  int64_t nonfinite = 0, tried = 0, doubted = 0;
-  for (int64_t lo = 0, m = 0; lo < n; lo += m) {
+  int64_t nonfinite = 0, tried = 0, doubted = 0, done = 0;
+#ifdef MERIT_AVX512
+  if (AverageGroups groups =
+          all_bf16 && power_of_two ? average_groups_of(weights[0], count) : nullptr) {
+    done = n / 32 * 32;
+    nonfinite = groups(inputs, weights[0], done, static_cast<uint16_t*>(out));
+  }
+#endif
+  for (int64_t lo = done, m = 0; lo < n; lo += m) {
     m = n - lo < kBlock ? n - lo : kBlock;
     if (certain && n - lo >= kGroup) {
       m = kGroup;

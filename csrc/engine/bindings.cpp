@@ -146,17 +146,19 @@ void define_engine(nb::module_& m, const AverageKernels& kernels) {
       "merge_deltas",
       [&kernels](const std::vector<Segment>& tensors, const std::vector<TensorRule>& rules,
                  const nb::object& read, int64_t chunk_elements, int threads, bool allow_nonfinite,
-                 bool write_early, const Pieces& pieces, const Grams& gram, Counter elements_done) {
+                 bool write_early, int64_t kept_bytes, const Pieces& pieces, const Grams& gram,
+                 Counter elements_done) {
         if (tensors.empty() || rules.size() != tensors.size())
           throw std::invalid_argument("merge_deltas: needs tensors, and one rule for each");
         for (size_t t = 0; t < tensors.size(); t++)
           check_rule(rules[t], tensors[t].inputs.size() - 1);
         const GramJob grams = gram_job(pieces, gram, true, tensors[0].inputs.size());
         return run(
-            kernels, {read, chunk_elements, threads, allow_nonfinite, write_early}, elements_done,
+            kernels, {read, chunk_elements, threads, allow_nonfinite, write_early, kept_bytes},
+            elements_done,
             [&](const Engine& engine) { return merge_deltas(engine, tensors, rules, grams); });
       },
       nb::kw_only(), "tensors"_a, "rules"_a, "read"_a.none(), "chunk_elements"_a, "threads"_a,
-      "allow_nonfinite"_a, "write_early"_a, "pieces"_a.noconvert(), "gram"_a.noconvert(),
-      "elements_done"_a.noconvert());
+      "allow_nonfinite"_a, "write_early"_a, "kept_bytes"_a, "pieces"_a.noconvert(),
+      "gram"_a.noconvert(), "elements_done"_a.noconvert());
 }

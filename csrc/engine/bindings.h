@@ -31,6 +31,7 @@ struct Settings {
   int64_t chunk_elements;
   int threads;
   bool allow_nonfinite, write_early;
+  int64_t kept_bytes = 0;
 };
 
 template <class Merge>
@@ -46,6 +47,7 @@ MergeResult run(const AverageKernels& kernels, const Settings& settings, Counter
                       .threads = settings.threads,
                       .allow_nonfinite = settings.allow_nonfinite,
                       .write_early = settings.write_early,
+                      .kept_bytes = settings.kept_bytes,
                       .elements_done = elements_done.data(),
                       .wide_runs = &wide_runs};
   const nanobind::gil_scoped_release release;

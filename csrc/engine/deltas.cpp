@@ -16,6 +16,7 @@ class TensorMerge {
         tensor_(tensor),
         rule_(rule),
         grams_(grams),
+        pool_(pool),
         reader_(engine, tensor, rule.row, pool, first_worker),
         branches_(reader_.branches()),
         weight_(rule.weight) {}
@@ -31,6 +32,7 @@ class TensorMerge {
 
   bool find_cuts() {
     if (rule_.top.empty() && !by_variance()) return true;
+    keep_chunks();
     if (!(by_variance() ? rank_variances() : rank_branches())) return false;
     const Sizes sizes{
         .elements = tensor_.elements,
@@ -50,6 +52,13 @@ class TensorMerge {
     }
     for (Threshold& t : thresholds_) spread_ties(&t);
     return true;
+  }
+
+  // A tensor of one chunk stays in its worker's buffers.
+  void keep_chunks() {
+    const size_t bytes = size_t(engine_.kept_bytes);
+    if (reader_.chunks() > 1 && bytes)
+      reader_.keep_chunks(pool_->get(engine_.threads, bytes), bytes);
   }
 
   // Differences of 16-bit floats take few values.
@@ -74,9 +83,10 @@ class TensorMerge {
 
   bool rank_variances() {
     std::vector<int64_t> above(size_t(reader_.chunks()), 0);
-    std::vector<int64_t> equal(size_t(reader_.chunks()), 0);
     const auto count = [&](int, int64_t chunk, size_t, const float* sizes, int64_t n) {
-      engine_.kernels.count_sizes(sizes, n, 0.0f, &above[size_t(chunk)], &equal[size_t(chunk)]);
+      int64_t more = 0, same = 0;
+      engine_.kernels.count_sizes(sizes, n, 0.0f, &more, &same);
+      above[size_t(chunk)] += more;
     };
     if (!reader_.scan({kVariance}, count)) return false;
     int64_t nonzero = 0;
@@ -182,7 +192,7 @@ class TensorMerge {
 
   void rank_rows(Buffers* b, int64_t n) const {
     for (int k = 0; k < branches_; k++) {
-      reader_.delta_sizes(b, k, n);
+      reader_.delta_sizes(b, k, 0, n);
       for (int64_t at = 0; at < n; at += rule_.row)
         rank_row(b->sizes + at, rule_.row, b->ranks + k * n + at, b->rank_space);
     }
@@ -229,6 +239,7 @@ class TensorMerge {
   const Segment& tensor_;
   const TensorRule& rule_;
   const GramJob& grams_;
+  Pool* const pool_;
   TensorReader reader_;
   const int branches_;
   std::vector<double> weight_;
@@ -252,7 +263,7 @@ GramJob grams_of(const GramJob& grams, int64_t tensor) {
 
 MergeResult merge_deltas(const Engine& engine, const std::vector<Segment>& tensors,
                          const std::vector<TensorRule>& rules, const GramJob& grams) {
-  Pool pool(engine.threads);
+  Pool pool(engine.threads + 1);  // the last part holds kept chunks
   std::mutex mutex;
   MergeResult first_error{0, -1, 0, -1, false};
   const auto merge = [&](const Engine& workers, size_t t, int worker) {

@@ -137,7 +137,7 @@ bool survey(const Sizes& sizes, const std::vector<Search*>& searches) {
     sizes.kernels.count_sizes(x, n, s.threshold->value, &above, &equal);
     t.above_value += above;
     t.equal += equal;
-    s.threshold->chunk_ties[size_t(chunk)] = equal;
+    s.threshold->chunk_ties[size_t(chunk)] += equal;
     if (s.look_low == s.look_high) return;  // tests only the guess
     const int64_t num_picked =
         sizes.kernels.pick_sizes(x, n, s.look_low, s.look_high, buffer.data(), &above);

@@ -19,7 +19,7 @@ struct Threshold {
 };
 
 // Receives the number of a worker and of a chunk, the index in the list of wanted rankings, and the
-// sizes.
+// sizes of a block of that chunk.
 typedef std::function<void(int worker, int64_t chunk, size_t index, const float* sizes, int64_t n)>
     UseSizes;
 

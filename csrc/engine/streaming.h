@@ -49,6 +49,7 @@ struct Engine {
   int threads;
   bool allow_nonfinite;
   bool write_early;        // the output will be fsynced
+  int64_t kept_bytes;      // of a tensor's chunks, held from one pass to the next
   int64_t* elements_done;  // grows while the merge runs
   WideRuns* wide_runs;
 };

@@ -17,9 +17,9 @@ struct Held {
 
 // Buffers of one worker.
 struct Buffers {
-  std::vector<const void*> inputs;
-  std::vector<Held> held;
-  char *out, *scratch;  // scratch: for sources that are decoded
+  std::vector<const void*> inputs;  // of the chunk, here or among the kept ones
+  std::vector<Held> held;           // in the buffers from `start` on
+  char *start, *out, *scratch;      // scratch: for sources that are decoded
   float* sizes;
   uint32_t *ranks, *rank_space;
   std::vector<double> mix_space;
@@ -53,13 +53,16 @@ class TensorReader {
     return !failed();
   }
 
+  // Holds the first chunks of all inputs from one pass to the next, in memory of so many bytes.
+  void keep_chunks(char* memory, size_t bytes);
+
   bool read_all_inputs(Buffers* b, int64_t chunk);
 
-  // Writes the sizes of one ranking of the first n elements in the buffers to b->sizes.
-  void delta_sizes(Buffers* b, int ranking, int64_t n) const;
+  // Writes the sizes of one ranking of n elements in the buffers, from `first` on, to b->sizes.
+  void delta_sizes(Buffers* b, int ranking, int64_t first, int64_t n) const;
 
-  // Calls `use` with the sizes of every wanted ranking of every chunk; returns false after an
-  // error.
+  // Calls `use` with the sizes of every wanted ranking of every chunk, block by block in order;
+  // returns false after an error.
   bool scan(const std::vector<int>& wanted, const UseSizes& use);
 
   // Collects sizes of runs of elements spread evenly over the tensor; of all elements if it is
@@ -69,6 +72,8 @@ class TensorReader {
  private:
   Buffers* buffers(int worker);
   bool read(Buffers* b, const std::vector<size_t>& inputs, int64_t first, int64_t n);
+  bool read_chunk(Buffers* b, const std::vector<size_t>& inputs, int64_t chunk);
+  size_t input_stride() const;
   std::vector<size_t> needed(const std::vector<int>& rankings) const;
 
   const Engine& engine_;
@@ -79,6 +84,8 @@ class TensorReader {
   Pool* const pool_;
   const int first_worker_;
   std::vector<Buffers> workers_;
+  char* kept_ = nullptr;       // [chunks, inputs] of input_stride() bytes
+  std::vector<char> is_kept_;  // of each of the first chunks
   std::vector<DType> types_;
   std::mutex mutex_;
   MergeResult result_{0, -1, 0, -1, false};

@@ -7,12 +7,12 @@ holding a whole tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from merit_fast.kernels import _splitmix
 from merit_fast.kernels.average._eager import rounded, to_float64
 from merit_fast.kernels.lazy import np
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -21,7 +21,7 @@ Array: TypeAlias = "npt.NDArray[np.float64]"
 Mask: TypeAlias = "npt.NDArray[np.bool_]"
 
 
-@dataclass(frozen=True)
+@record
 class DeltaRule:
     """One tensor's step from its deltas delta_k = theta_k - theta_0. An empty field skips its line.
 

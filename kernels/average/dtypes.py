@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merit_fast.kernels.lazy import np
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     import numpy
 
 
-@dataclass(frozen=True)
+@record
 class Dtype:
     """An element type.
 

@@ -7,11 +7,11 @@ holding a whole tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from merit_fast.kernels.average._eager import rounded, to_float64
 from merit_fast.kernels.lazy import np
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -36,7 +36,7 @@ _LOG_TERMS = (
 )
 
 
-@dataclass(frozen=True)
+@record
 class ElementRule:
     """One tensor's result from models theta_k and the base theta_0, element by element.
 

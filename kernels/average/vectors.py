@@ -7,12 +7,12 @@ holding a whole tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from merit_fast.kernels.average import _eager
 from merit_fast.kernels.average._eager import rounded, to_float64
 from merit_fast.kernels.lazy import np
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -22,7 +22,7 @@ Array: TypeAlias = "npt.NDArray[np.float64]"
 VectorWeights = Callable[[Array], Array]
 
 
-@dataclass(frozen=True)
+@record
 class VectorRule:
     """One tensor's sum over its vectors v: out_v = sum_k weights(gram_v)[k] theta_k,v.
 

@@ -9,21 +9,23 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merit_fast.cli.flags import (
     Parser,
     Work,
+    add_executor_flags,
     add_fields,
     add_inputs,
     add_run_flags,
     add_upkeep,
     assignments_of,
+    check_executor_flags,
     help_of_keys,
     options_of,
 )
 from merit_fast.manifests.stages import MERGE, STAGES, Stage
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     import argparse
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     Arguments = argparse.Namespace
 
 
-@dataclass(frozen=True)
+@record
 class Command:
     """One command of ``merit-fast``."""
 
@@ -73,6 +75,7 @@ def _add_run(parser: Parser) -> Work:
         help="split, train and merge N times, each from the merge before, in OUTPUT/round-2, ...",
     )
     add_run_flags(parser)
+    add_executor_flags(parser)
     parser.ending = help_of_keys
 
     def work(arguments: Arguments) -> None:
@@ -81,8 +84,14 @@ def _add_run(parser: Parser) -> Work:
         file, config = read_config("run", arguments)
         progress = progress_of(arguments)
         name = str(file or "...")
+        check_executor_flags(arguments)
         if arguments.dry_run:
             show_forecast(config, progress, name, arguments.as_json, arguments.rounds)
+            return
+        if arguments.executor is not None:
+            from merit_fast.cli.units.executor import run_units
+
+            run_units(config, progress, name, arguments)
             return
         run_all(
             config,
@@ -201,6 +210,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "run": Command(
         "Run every stage of CONFIG.yml. Skips finished stages, resumes interrupted ones.", _add_run
+    ),
+    "unit": Command(
+        "Do one unit of a run's work, or list the units. May run twice, anywhere.",
+        _placed("units.unit:add_unit"),
+    ),
+    "launch": Command(
+        "Print the job files of a run for a shell, SLURM, Kubernetes, Ray or a cloud.",
+        _placed("units.launch:add_launch"),
     ),
     "advise": Command(
         "Sketch and split the mixture of CONFIG.yml, then advise for or against the split.",

@@ -4,13 +4,14 @@ A command that would run on compiled kernels tells in one line that they are not
 the build's message.
 """
 
-import logging
 import os
-import platform
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.kernels import dispatch
+
+if TYPE_CHECKING:
+    import logging
 
 FIX = "install g++ 11 or newer, then in the clone: pip install --force-reinstall --no-deps ."
 _WITHOUT_KERNELS = ("init", "data", "status", "clean", "report", "verify", "doctor")
@@ -25,10 +26,10 @@ def tell_missing_native(command: str) -> None:
         return
     text = "the compiled CPU kernels are not part of this install; everything runs, but slower"
     print(f"note: {text}. To have them, {FIX}", file=sys.stderr)
-    dispatch.logger.addFilter(_is_another_reason)
+    dispatch.logger().addFilter(_is_another_reason)
 
 
-def _is_another_reason(record: logging.LogRecord) -> bool:
+def _is_another_reason(record: "logging.LogRecord") -> bool:
     return dispatch.NOT_BUILT not in record.getMessage()
 
 
@@ -38,6 +39,8 @@ _VARIABLES = ("MERIT_FAST_", "OMP_", "KMP_", "GOMP_", "MKL_NUM", "OPENBLAS_NUM")
 
 def diagnose() -> dict[str, Any]:
     """JSON-ready facts. Imports torch (to see a GPU) but no transformers."""
+    import platform
+
     import torch
 
     from merit_fast.manifests.io import tool_versions
@@ -97,4 +100,6 @@ def _processor() -> str:
                 line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
             )
     except (OSError, StopIteration):
+        import platform
+
         return platform.processor() or platform.machine()

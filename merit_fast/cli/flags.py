@@ -1,7 +1,6 @@
-"""Makes command-line flags of the stages' config dataclasses: each help text exists once."""
+"""Makes command-line flags of the stages' config records: each help text exists once."""
 
 import argparse
-import dataclasses
 import importlib
 import os
 import typing
@@ -12,6 +11,7 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.stages import Stage
 from merit_fast.options.forms import flag_of, form_of, help_of
 from merit_fast.options.keys import key_lines
+from merit_fast.records import fields
 
 Work = Callable[[argparse.Namespace], None]
 _NO_TERMINAL = 80  # columns
@@ -105,6 +105,51 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="FOLDER", help="directory of all outputs (key `output`)")
 
 
+def add_executor_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `run` that divide the run into units."""
+    add = parser.add_argument
+    add(
+        "--executor",
+        choices=("local", "ray", "submitit"),
+        help="do the run's units at the same time: as processes here, on a Ray cluster, or as "
+        "SLURM jobs",
+    )
+    add("--workers", type=int, metavar="N", help="units at a time [default: as many as fit]")
+    add("--unit-threads", type=int, metavar="N", help="CPU threads of a unit")
+    help = "processes of each training, started by torchrun, each on a GPU of its own [default: 1]"
+    add("--unit-processes", type=int, metavar="N", help=help)
+    add("--unit-gpus", type=int, metavar="N", help="GPUs of a unit on Ray or SLURM [default: 0]")
+    help = (
+        "of the executor: address of Ray; cluster and the options of submitit, such as "
+        "slurm_partition; repeat for each"
+    )
+    add("--executor-option", action="append", metavar="KEY=VALUE", help=help)
+
+
+def check_executor_flags(arguments: argparse.Namespace) -> None:
+    """Refuses flags of units where nothing reads them, and numbers below 1.
+
+    Raises:
+        InputError: a flag breaks a rule.
+    """
+    numbers = {
+        "--workers": arguments.workers,
+        "--unit-threads": arguments.unit_threads,
+        "--unit-processes": arguments.unit_processes,
+        "--unit-gpus": arguments.unit_gpus,
+    }
+    given = {**numbers, "--executor-option": arguments.executor_option}
+    for flag, value in given.items():
+        if value is not None and arguments.executor is None:
+            raise InputError(f"command line: {flag}: goes with --executor, which is not given")
+    for flag, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(f"command line: {flag}: must be at least 1, got {number}")
+    if arguments.executor is not None and (arguments.rounds != 1 or arguments.overwrite):
+        flag = "--overwrite" if arguments.overwrite else f"--rounds {arguments.rounds}"
+        raise InputError(f"command line: --executor: does not go with {flag}")
+
+
 def run_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """The top-level keys that the flags of ``add_run_flags`` set."""
     flags = {
@@ -132,7 +177,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type[Any]) -> None:
     no flag) is set only in YAML or by KEY=VALUE.
     """
     hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         flag = flag_of(field, hints[field.name])
         if not flag:
             continue
@@ -147,7 +192,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type[Any]) -> None:
 def assignments_of(arguments: argparse.Namespace, config: type[Any], prefix: str = "") -> list[str]:
     """The flags on the command line as ``key=value`` in YAML."""
     assignments = []
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         value = getattr(arguments, field.name, None)
         if value is not None:
             text = str(value).lower() if isinstance(value, bool) else value

@@ -1,18 +1,18 @@
 """The keys of `mixture:` and `data:`, with their help texts and rules."""
 
 import re
-from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal
 
 from merit_fast.data.sources.source import Source
 from merit_fast.options.fields import REQUIRED, option, require
+from merit_fast.records import record, replace
 
 Part = Literal["train", "eval"]
 TrainOn = Literal["all", "last"] | tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@record
 class DatasetConfig:
     """One entry of `mixture:`. ``path`` is a file, a directory or a Hugging Face dataset id."""
 
@@ -93,7 +93,7 @@ class DatasetConfig:
         require(is_finite, "weight", "above 0", self.weight)
 
 
-@dataclass(frozen=True)
+@record
 class DataConfig:
     """The `data:` section: how rows become tokens."""
 

@@ -4,8 +4,7 @@
 
 It differs from ``trl sft`` in four points: our kernels are in the model, the rows' COLUMN names
 their dataset, so that losses per dataset and branch.json come out, the Trainer's state is saved at
-the end, and the run resumes from ``resume_from_checkpoint``. Rows with images, and a model that
-``torch_compile`` compiles, are trained without losses per dataset and branch.json.
+the end, and the run resumes from ``resume_from_checkpoint``.
 """
 
 from __future__ import annotations
@@ -48,21 +47,14 @@ def train(file: str, column: str) -> None:
         **(training.model_init_kwargs or {}),
     }
     rows = trl.get_dataset(datasets)[script.dataset_train_split]
-    trainer_class: Any = trl.SFTTrainer
-    further: dict[str, Any] = {}
-    if "images" in rows.column_names or training.torch_compile:
-        rows = rows.remove_columns(column)
-    else:
-        trainer_class = MeritSFTTrainer
-        further["merit"] = MeritCallback(column=column, start=model.model_name_or_path)
-    trainer = trainer_class(
+    trainer = MeritSFTTrainer(
         model=model.model_name_or_path,
         args=training,
         train_dataset=rows,
         quantization_config=trl.get_quantization_config(model),
         peft_config=trl.get_peft_config(model),
         callbacks=[PatchCallback()],
-        **further,
+        merit=MeritCallback(column=column, start=model.model_name_or_path),
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from merit_fast.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:
-    from merit_fast.evaluate.stage import evaluate_arms
+    from merit_fast.evaluate.stage import evaluate_arms, evaluate_model
 
-__all__ = ["EvaluateConfig", "evaluate_arms"]
+__all__ = ["EvaluateConfig", "evaluate_arms", "evaluate_model"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate_arms":
-        from merit_fast.evaluate.stage import evaluate_arms
+    if name in ("evaluate_arms", "evaluate_model"):
+        from merit_fast.evaluate import stage
 
-        return evaluate_arms
+        return getattr(stage, name)
     raise AttributeError(name)

@@ -1,13 +1,13 @@
 """Options of the evaluate stage."""
 
-from dataclasses import dataclass, replace
 from typing import Literal
 
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
+from merit_fast.records import record, replace
 
 
-@dataclass(frozen=True)
+@record
 class EvaluateConfig:
     """Options for the measurements of every arm."""
 

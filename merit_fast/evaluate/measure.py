@@ -5,16 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
 
-from merit_fast.data import DataConfig, Dataset, Example
+from merit_fast.data import Example
 from merit_fast.data.template import end_token_ids, prompt_ids, with_template
-from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.evaluate.items import ItemScores
 from merit_fast.evaluate.losses import Advance, RowScores, can_share, dataset_results, score_rows
+from merit_fast.evaluate.models import EvaluationInputs
 from merit_fast.evaluate.retention import (
     PROMPTS,
     all_targets,
@@ -42,22 +41,15 @@ class _BaseAnswers:
 class Measurer:
     """The rows, the text and the prompts, and the base's answers once it has been measured."""
 
-    def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        tokenizer: Any,
-        pad_token_id: int,
-        config: EvaluateConfig,
-        directory: Path,
-        data_config: DataConfig,
-    ) -> None:
-        tokenizer = with_template(tokenizer, data_config)
-        self.datasets = datasets
+    def __init__(self, inputs: EvaluationInputs, directory: Path) -> None:
+        data_config = inputs.data_config
+        tokenizer = with_template(inputs.tokenizer, data_config)
+        self.datasets = inputs.datasets
         self.end_ids = (*end_token_ids(tokenizer, data_config), tokenizer.eos_token_id)
-        self.pad_token_id = pad_token_id
-        self.config = config
+        self.pad_token_id = inputs.pad_token_id
+        self.config = inputs.config
         self.file = directory / _ANSWERS_FILE
-        self.rows = [dataset.examples for dataset in datasets]
+        self.rows = [dataset.examples for dataset in inputs.datasets]
         self.windows = text_windows(tokenizer)
         self.prompts = prompt_ids(tokenizer, data_config, PROMPTS)
 

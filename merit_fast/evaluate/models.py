@@ -1,15 +1,43 @@
 """The models of a run as evaluate gets them: which arm has which models, and what they cost."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from merit_fast.data import DataConfig, Dataset
+from merit_fast.errors import InputError
+from merit_fast.evaluate.config import EvaluateConfig
 from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import ArmResult, BranchManifest
 
 BASE = "base"
 JOINT = "joint"
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """The held-out rows and options that every model is measured with.
+
+    ``data_config`` decides how prompts become tokens, as it does for rows.
+
+    Raises:
+        InputError: no dataset has held-out rows.
+    """
+
+    datasets: Sequence[Dataset]
+    tokenizer: Any
+    pad_token_id: int
+    config: EvaluateConfig
+    data_config: DataConfig = field(default=DataConfig())
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise InputError(
+                "evaluate: no dataset of the mixture has held-out rows; "
+                "give one an eval_path or eval_split"
+            )
 
 
 @dataclass(frozen=True)
@@ -54,8 +82,14 @@ class EvaluatedModels:
         return self.models_of_arms.get(JOINT, self.joint)
 
     def path(self, name: str) -> Path:
-        """Directory of a branch, a joint run or a merge."""
+        """Directory of the base, a branch, a joint run or a merge."""
+        if name == BASE:
+            return self.base
         return self.merges[name].path if name in self.merges else self.branches[name]
+
+    def shares(self, name: str, config: EvaluateConfig) -> tuple[float, ...]:
+        """The shares of a joint run that are measured, (1 - share) base + share model."""
+        return config.interpolate if name in self.interpolated else ()
 
     def branches_of(self, name: str) -> tuple[str, ...]:
         """The trainings behind a model."""

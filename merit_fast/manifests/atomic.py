@@ -5,20 +5,22 @@ power cut.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, fsync: bool = True) -> None:
     """Writes a UTF-8 file as ``write_bytes`` does."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"), fsync)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces a file; several processes may write the same path at once, and the last one wins."""
+def write_bytes(path: Path, data: bytes, fsync: bool = True) -> None:
+    """Replaces a file; several processes may write the same path at once, and the last one wins.
+
+    Without ``fsync`` a power cut may leave the file empty; a killed process leaves it whole.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
-    replace_file(temporary, path)
+    replace_file(temporary, path, fsync)
 
 
 def replace_file(temporary: Path, path: Path, fsync: bool = True) -> None:
@@ -45,4 +47,6 @@ def link_file(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
+        import shutil
+
         shutil.copyfile(source, target)

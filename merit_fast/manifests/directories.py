@@ -7,9 +7,7 @@ resumes.
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.errors import InputError
@@ -19,6 +17,7 @@ from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, wr
 from merit_fast.manifests.kept import RECORD_SUFFIX, read_records, remove_records
 from merit_fast.manifests.ledger import adopt
 from merit_fast.manifests.locks import check_owners, claim, exclusive, locks_of, this_process
+from merit_fast.records import replace
 
 _MARKER = "fingerprint"  # file in NAME.tmp: only a run of this fingerprint resumes it
 
@@ -63,7 +62,9 @@ def own_directory(path: Path, fingerprint: str) -> contextlib.AbstractContextMan
     return claim(locks_of(path), this_process(fingerprint, alone=True), path)
 
 
-def begin_directory(path: Path, fingerprint: str, keep_work: bool = False) -> Path:
+def begin_directory(
+    path: Path, fingerprint: str, keep_work: bool = False, fsync: bool = True
+) -> Path:
     """Makes ``path.tmp`` and returns it; several processes may call this at once.
 
     Empties the directory unless a run of the same fingerprint left it, or ``keep_work``.
@@ -81,10 +82,10 @@ def begin_directory(path: Path, fingerprint: str, keep_work: bool = False) -> Pa
             _require_own(temporary)
             same = marker.exists() and marker.read_text() == fingerprint
             if temporary.exists() and not same and not keep_work:
-                shutil.rmtree(temporary)
+                _remove(temporary)
             temporary.mkdir(exist_ok=True)
             if not same:
-                write_text(marker, fingerprint)
+                write_text(marker, fingerprint, fsync)
                 (temporary / STAGE_FILE).unlink(missing_ok=True)  # of the other fingerprint
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
@@ -125,7 +126,7 @@ def finish_directory(
         for name, (size, _, digest) in records.items()
         if name not in (_MARKER, STAGE_FILE) and not name.endswith(RECORD_SUFFIX)
     }
-    write_manifest(replace(manifest, files=files), temporary / STAGE_FILE)
+    write_manifest(replace(manifest, files=files), temporary / STAGE_FILE, fsync)
     remove_records(temporary)
     (temporary / _MARKER).unlink()
     commit_directory(temporary, path, fsync, keep_old)
@@ -153,13 +154,21 @@ def commit_directory(
         fsync_path(temporary)
     old = path.with_name(path.name + ".old")
     if path.exists():
-        shutil.rmtree(keep_old or old, ignore_errors=True)
+        _remove(keep_old or old, ignore_errors=True)
         (keep_old or old).parent.mkdir(parents=True, exist_ok=True)
         os.rename(path, keep_old or old)
     os.rename(temporary, path)
     if fsync:
         fsync_path(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old, ignore_errors=True)
+
+
+def _remove(folder: Path, ignore_errors: bool = False) -> None:
+    """Removes a folder with all it holds, if it exists; most outputs replace none."""
+    if folder.exists():
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def recover_directory(path: Path, expected_fingerprint: str, keep_old: Path | None = None) -> None:
@@ -177,7 +186,7 @@ def recover_directory(path: Path, expected_fingerprint: str, keep_old: Path | No
         if damage is None:
             commit_directory(temporary, path, keep_old=keep_old)
         else:
-            shutil.rmtree(temporary)
+            _remove(temporary)
 
 
 def is_complete(path: Path, expected_fingerprint: str) -> bool:

@@ -3,9 +3,10 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+
+from merit_fast.records import record
+from merit_fast.threads import map_in_threads
 
 FileRecord = tuple[int, int, str]  # bytes, mtime_ns, xxh3_128
 UNKNOWN_TIME = -1  # a mtime_ns that no file has: the next check hashes the file
@@ -16,7 +17,7 @@ _NOT_HIDDEN = (".metadata",)  # of torch's distributed checkpoints
 _BLOCK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
+@record
 class Damage:
     """One file that is not as it was written."""
 
@@ -60,7 +61,7 @@ def record_files(
     names = list_files(directory)
     known = known or {}
 
-    def record(name: str) -> FileRecord:
+    def record_of(name: str) -> FileRecord:
         file = directory / name
         status = file.stat()
         believed = known.get(name)
@@ -68,8 +69,7 @@ def record_files(
             return believed
         return file_record(file)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(record, names), strict=True))
+    return dict(zip(names, map_in_threads(record_of, names, _THREADS), strict=True))
 
 
 def first_damage(directory: Path, recorded: Mapping[str, FileRecord]) -> Damage | None:
@@ -85,8 +85,8 @@ def first_damage(directory: Path, recorded: Mapping[str, FileRecord]) -> Damage 
             return Damage(name, f"{found:,} bytes instead of {size:,}")
         return None if checksum(file) == digest else Damage(name, "has other content")
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return next((found for found in pool.map(damage, recorded) if found), None)
+    found = map_in_threads(damage, recorded, _THREADS)
+    return next(filter(None, found), None)
 
 
 def compare_files(
@@ -113,15 +113,15 @@ def compare_files(
         if name not in recorded:
             return Damage(name, "is not a file of this output", is_surplus=True), {}
     refreshed = dict(recorded)
-    for name, record in recorded.items():
+    for name, (size, time_ns, digest) in recorded.items():
         file = directory / name
         status = file.stat()
-        if status.st_size != record[0]:
-            return Damage(name, f"{status.st_size:,} bytes instead of {record[0]:,}"), {}
-        if whole or record[0] < SMALL_BYTES or status.st_mtime_ns != record[1]:
-            if checksum(file) != record[2]:
+        if status.st_size != size:
+            return Damage(name, f"{status.st_size:,} bytes instead of {size:,}"), {}
+        if whole or size < SMALL_BYTES or status.st_mtime_ns != time_ns:
+            if checksum(file) != digest:
                 return Damage(name, "has the same size and other content"), {}
-            refreshed[name] = (record[0], status.st_mtime_ns, record[2])
+            refreshed[name] = (size, status.st_mtime_ns, digest)
     return None, refreshed
 
 
@@ -178,8 +178,7 @@ class HashCache:
 
 def folder_checksum(folder: Path, names: Sequence[str]) -> str:
     """XXH3, 128 bits, of the names and the contents of files below a folder, in hex."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = list(pool.map(lambda name: checksum(folder / name), names))
+    hashes = map_in_threads(lambda name: checksum(folder / name), names, _THREADS)
     return _text_hash(repr(list(zip(names, hashes, strict=True))))
 
 

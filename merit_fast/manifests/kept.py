@@ -13,9 +13,9 @@ from merit_fast.manifests.hashes import FileRecord, checksum, file_record
 RECORD_SUFFIX = ".xxh3_128"
 
 
-def write_record(final: Path, written: Path) -> None:
+def write_record(final: Path, written: Path, fsync: bool = True) -> None:
     """Hashes the complete file ``written``, which is about to be renamed to ``final``."""
-    write_text(record_of_file(final), json.dumps(file_record(written)))
+    write_text(record_of_file(final), json.dumps(file_record(written)), fsync)
 
 
 def read_record(final: Path) -> FileRecord | None:

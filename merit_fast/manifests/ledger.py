@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,15 @@ from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, wr
 from merit_fast.manifests.locks import LOCKS_FOLDER, exclusive
 from merit_fast.manifests.schemas.version import SCHEMA_VERSION
 from merit_fast.manifests.stages import AUDIT, MERGE, STAGES, TRAIN
+from merit_fast.records import field, record, replace
 
 LEDGER_FILE = "run.json"
 OLD_BRANCHES = f"old/{TRAIN.folder}"
+UNITS_FOLDER = "units"  # parts of stages: each has a stage.json, and no record here
 _DEEP = (TRAIN.folder, MERGE.folder, OLD_BRANCHES)  # folders of outputs; other outputs lie above
 
 
-@dataclass(frozen=True)
+@record
 class OutputRecord:
     """One finished output and its files."""
 
@@ -31,7 +32,7 @@ class OutputRecord:
     files: dict[str, FileRecord]  # relative path -> bytes, mtime_ns, xxh3_128
 
 
-@dataclass(frozen=True)
+@record
 class Ledger:
     """run.json at the root of a run's output."""
 

@@ -9,15 +9,14 @@ import fcntl
 import itertools
 import json
 import os
-import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 
 from merit_fast.errors import InputError
+from merit_fast.records import record, to_dict
 
 LOCKS_FOLDER = ".locks"
 _GUARD = "guard"
@@ -30,7 +29,7 @@ class LockedError(InputError):
     """Another process works here."""
 
 
-@dataclass(frozen=True)
+@record
 class Owner:
     """A process that works on an output."""
 
@@ -42,10 +41,19 @@ class Owner:
     alone: bool = False  # it shares the output with nobody, not even with its own config
 
     def __str__(self) -> str:
-        started = datetime.fromisoformat(self.started)
-        form = "%H:%M" if started.date() == datetime.now().date() else "%Y-%m-%d %H:%M"
-        place = "" if self.host == socket.gethostname() else f" on {self.host}"
-        return f"process {self.pid}{place} ({self.command}, since {started.strftime(form)})"
+        day, _, clock = self.started.partition("T")
+        since = clock[:5] if day == _now()[:10] else f"{day} {clock[:5]}"
+        place = "" if self.host == host_name() else f" on {self.host}"
+        return f"process {self.pid}{place} ({self.command}, since {since})"
+
+
+def host_name() -> str:
+    """The name of this machine in its network, as ``socket.gethostname`` gives it."""
+    return os.uname().nodename
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def this_process(config: str, alone: bool = False) -> Owner:
@@ -54,8 +62,7 @@ def this_process(config: str, alone: bool = False) -> Owner:
     if program == "__main__.py":
         program = "merit-fast"
     command = " ".join([program, *sys.argv[1:]])
-    started = datetime.now().isoformat(timespec="seconds")
-    return Owner(os.getpid(), socket.gethostname(), command, started, config, alone)
+    return Owner(os.getpid(), host_name(), command, _now(), config, alone)
 
 
 def locks_of(path: Path) -> Path:
@@ -70,7 +77,7 @@ def check_owners(path: Path, config: str) -> None:
         LockedError: a live process has claimed ``path`` with another config.
     """
     for other in owners(locks_of(path)):
-        is_this = (other.pid, other.host) == (os.getpid(), socket.gethostname())
+        is_this = (other.pid, other.host) == (os.getpid(), host_name())
         if not is_this and other.config != config:
             raise LockedError(f"{path}: {other} works here with another config")
 
@@ -237,13 +244,12 @@ def _read_owner(descriptor: int) -> Owner:
     try:
         return Owner(**json.loads(os.pread(descriptor, 1 << 16, 0)))
     except (ValueError, TypeError):  # it has the lock and has not written its name yet
-        now = datetime.now().isoformat(timespec="seconds")
-        return Owner(0, socket.gethostname(), "not known", now, "")
+        return Owner(0, host_name(), "not known", _now(), "")
 
 
 def _write_owner(descriptor: int, owner: Owner) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(asdict(owner)).encode(), 0)
+    os.pwrite(descriptor, json.dumps(to_dict(owner)).encode(), 0)
 
 
 def _release(lock: Path, descriptor: int) -> None:

@@ -3,13 +3,13 @@
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.directories import begin_directory, is_own_work, own_directory
 from merit_fast.manifests.hashes import checksum, list_files
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, write_manifest
+from merit_fast.records import replace
 
 
 def copy_output(source: Path, target: Path, changed: Mapping[str, str]) -> None:

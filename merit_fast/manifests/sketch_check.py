@@ -1,13 +1,14 @@
 """What the self-check of a sketch has found, as it stands next to the files of sums."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from merit_fast.records import field, record
 
 _BOUNDS = (1e-6, 1e-5, 1e-4, 1e-2, 1e-1)
 
 
-@dataclass(frozen=True)
+@record
 class SketchCheck:
     """The largest errors over all kinds of calls that were checked.
 

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from merit_fast.errors import InputError, MeritFastError, one_line
 from merit_fast.kernels.sketch import HASH_VERSION, CountSketch
+from merit_fast.records import record
 
 Weight = Literal["tokens", "examples"]
 _TENSORS = (
@@ -34,7 +35,7 @@ def state_path(directory: Path, dataset: str, part: str = "") -> Path:
     return folder / f"{dataset}.safetensors"
 
 
-@dataclass(frozen=True)
+@record
 class SketchIdentity:
     """Identity that two states must share before they may be added or compared.
 

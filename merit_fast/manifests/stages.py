@@ -3,10 +3,10 @@
 The command line, its help, the pipeline and the tests of the docs read this table.
 """
 
-from dataclasses import dataclass
+from merit_fast.records import record
 
 
-@dataclass(frozen=True)
+@record
 class Stage:
     """One stage: ``merit-fast NAME`` runs it and fills ``FOLDER/`` of the run's output."""
 

@@ -1,7 +1,6 @@
 """The state of one output of a run, and the reasons why a stage runs again."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from merit_fast.manifests.hashes import Damage, compare_files
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest
 from merit_fast.manifests.ledger import Ledger, OutputRecord, adopt
 from merit_fast.manifests.stages import AUDIT, STAGES
+from merit_fast.records import record, replace
 
 _SHOWN = 40  # characters of a value that the reason for a stage quotes
 State = Literal["up to date", "absent", "damaged", "other config", "foreign"]
@@ -25,7 +25,7 @@ AGAIN = {
 _SECTIONS = {stage.name: stage.section or stage.name for stage in (*STAGES, AUDIT)}
 
 
-@dataclass(frozen=True)
+@record
 class OutputState:
     """The state of an output; ``detail`` names a file and its damage."""
 

@@ -1,7 +1,6 @@
 """Options of the merge stage."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from merit_fast.errors import InputError
@@ -25,11 +24,12 @@ from merit_fast.merge.table import DEFAULT_METHOD, METHODS
 from merit_fast.merge.tokenizer_options import TokenizerOptions, tokenizer_options
 from merit_fast.options.fields import option, require
 from merit_fast.options.parser import parse, to_plain
+from merit_fast.records import record, replace
 
 FP8_BLOCK = "fp8-block128"  # a quantised output; the other dtypes are of plain tensors
 
 
-@dataclass(frozen=True)
+@record
 class MergeConfig(FormOptions):
     """Options of a merge. Neither threads, chunk_kib nor max_memory change the result.
 

@@ -1,12 +1,12 @@
 """Options of a merge about the form of its inputs and its output."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from merit_fast.options.fields import option, require
+from merit_fast.records import record
 
 
-@dataclass(frozen=True)
+@record
 class FormOptions:
     """Options that concern distributed checkpoints."""
 

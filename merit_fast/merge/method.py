@@ -1,17 +1,17 @@
 """The declaration of a merge method: name, formula, numbers, and how the engine runs it."""
 
-from dataclasses import dataclass, field
 from typing import Literal
 
 from merit_fast.merge.parameters import Parameter
 from merit_fast.merge.rules.function import UserFunction
 from merit_fast.merge.rules.kinds import ElementByElement, FromGram, ThinnedDeltas, WeightedSum
+from merit_fast.records import field, record
 
 # How a method uses the base: always; only with a scale other than 1; if there is one; never.
 Base = Literal["required", "with scale", "optional", "unused"]
 
 
-@dataclass(frozen=True)
+@record
 class MergekitForm:
     """Use of the method of the same name in mergekit's recipes.
 
@@ -31,7 +31,7 @@ class MergekitForm:
     uneven: bool = False
 
 
-@dataclass(frozen=True)
+@record
 class MergeMethod:
     """A merge method.
 

@@ -1,6 +1,5 @@
 """Checks of a merge's options against its method: which numbers it takes, and their ranges."""
 
-from dataclasses import fields
 from typing import Any
 
 from merit_fast.merge.method import MergeMethod
@@ -14,6 +13,7 @@ from merit_fast.merge.parameters import (
 )
 from merit_fast.merge.rules.kinds import ElementByElement
 from merit_fast.options.fields import require
+from merit_fast.records import fields
 
 
 def check_numbers(config: Any, method: MergeMethod) -> None:

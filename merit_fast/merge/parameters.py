@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from merit_fast.options.fields import option, require
+from merit_fast.records import record
 
 Gradient = tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@record
 class Case:
     """One line of a list of cases: ``value`` holds where a name contains ``filter``.
 
@@ -27,7 +28,7 @@ class Case:
 Setting = float | Gradient | tuple[Case, ...]
 
 
-@dataclass(frozen=True)
+@record
 class Parameter:
     """A number that a method takes, with its range. ``default`` None: it must be given.
 
@@ -103,7 +104,7 @@ TOL = Parameter("tol", 1e-5, "karcher: length of a step that ends the search", 0
 EPS = Parameter("eps", 1e-8, "multislerp: length below which a vector counts as 0", 0.0)
 
 
-@dataclass(frozen=True)
+@record
 class ModelSettings:
     """Parameters of one model. None: the value that holds for all models."""
 
@@ -119,8 +120,13 @@ class Layers:
     """Layers of a model, by the first number between dots in a name (``model.layers.7.mlp``)."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        numbers = [number for name in names if (number := layer_of(name)) is not None]
-        self.count = max(numbers, default=-1) + 1
+        self._names = names
+
+    @cached_property
+    def count(self) -> int:
+        """The number of layers, which only gradients over them need."""
+        numbers = [number for name in self._names if (number := layer_of(name)) is not None]
+        return max(numbers, default=-1) + 1
 
     def position(self, name: str) -> float:
         """Position of a tensor: 0 at the first layer and outside layers, 1 at the last one."""

@@ -1,8 +1,6 @@
 """A merge with checked inputs: it can be summarised, written, uploaded, or loaded as a model."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +55,7 @@ from merit_fast.merge.write.shards import (
 )
 from merit_fast.options.parser import to_plain
 from merit_fast.progress import Progress, SilentProgress
+from merit_fast.records import record, replace
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +65,7 @@ if TYPE_CHECKING:
     from merit_fast.merge.write.distcp.layout import DistributedLayout
 
 
-@dataclass(frozen=True)
+@record
 class PreparedMerge:
     """A checked merge. ``weights`` are final; ``config.chunk_kib`` keeps within ``max_memory``."""
 
@@ -89,8 +88,7 @@ class PreparedMerge:
             "dtype_reason": self._dtype_reason(),
             "weights": list(self.weights),
         }
-        local = out if isinstance(out, Path) else Path(tempfile.gettempdir())
-        return facts | input_facts(self.inputs, self.config, sizes, free_bytes(local))
+        return facts | input_facts(self.inputs, self.config, sizes, free_bytes(out))
 
     @property
     def manifest(self) -> StageManifest:
@@ -136,7 +134,7 @@ class PreparedMerge:
             with exclusive(locks / "turn"):  # nobody gives the output its name meanwhile
                 if is_up_to_date(out, manifest, progress):
                     return True
-                directory = begin_directory(out, manifest.fingerprint)
+                directory = begin_directory(out, manifest.fingerprint, fsync=self.config.fsync)
             plan = self._plan(progress, directory)
             writer = ShardWriter(self.config, directory, progress, locks)
             write_before(plan, writer, share)
@@ -214,8 +212,9 @@ class PreparedMerge:
         if self.slices:
             write_depth(directory, self.slices)
         for name, text in records.items():
-            write_text(directory / name, text)
-        write_text(directory / CARD_FILE, model_card(self._card_facts(), directory))
+            write_text(directory / name, text, self.config.fsync)
+        card = model_card(self._card_facts(), directory)
+        write_text(directory / CARD_FILE, card, self.config.fsync)
 
     def _card_facts(self) -> CardFacts:
         reason = self._dtype_reason()
@@ -241,7 +240,7 @@ class PreparedMerge:
     def _manifest(self, records: Mapping[str, str]) -> StageManifest:
         paths = (*self.models, *([self.base] if self.base else []), self.inputs.companions)
         described = (each.described_files() for each in self.inputs.checkpoints)
-        files = self.inputs.stored_files().union(*described)
+        files = self.inputs.stored_files.union(*described)
         fingerprints = input_fingerprints([folder_of(path) for path in paths], files)
         if self.slices:
             fingerprints["slices"] = describe_slices(self.slices)

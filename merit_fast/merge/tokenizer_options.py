@@ -1,16 +1,16 @@
 """Options of a merge's vocabulary: the tokenizer of the output, and rows of single tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Literal
 
 from merit_fast.options.fields import option, require
+from merit_fast.records import record, replace
 
 SOURCES = ("union", "base", "ids")
 ZERO = "zero"
 
 
-@dataclass(frozen=True)
+@record
 class TokenRow:
     """A row that stands in for a token's: zeros, or the row of one model's token or token id."""
 
@@ -30,7 +30,7 @@ class TokenRow:
         require(one, "token", rule, self.token)
 
 
-@dataclass(frozen=True)
+@record
 class TokenSource:
     """Row of one token for the models that lack it; with ``force`` for every model."""
 
@@ -43,7 +43,7 @@ class TokenSource:
         require(self.source is not None, "source", "given", None)
 
 
-@dataclass(frozen=True)
+@record
 class TokenizerOptions:
     """The output's vocabulary, as ``tokenizer:`` of a mergekit recipe describes it."""
 

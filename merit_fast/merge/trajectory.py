@@ -16,16 +16,16 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.files import is_directory, quote
 from merit_fast.merge.read.remote import Location, RemotePath, as_location
+from merit_fast.records import record
 
 SCHEDULES = ("uniform", "linear", "minus-sqrt", "ema:BETA")
 
 
-@dataclass(frozen=True)
+@record
 class Trajectory:
     """Checkpoints by step, each with its step and its weight; the weights sum to 1."""
 

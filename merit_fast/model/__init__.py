@@ -21,7 +21,12 @@ from merit_fast.model.load import (
     without_router_logits,
 )
 from merit_fast.model.losses import TargetLosses, score_batch, score_targets, target_losses
-from merit_fast.model.memory import keep_freed_memory, peak_memory_bytes, reset_peak_memory
+from merit_fast.model.memory import (
+    keep_freed_memory,
+    peak_memory_bytes,
+    reset_peak_memory,
+    return_freed_memory,
+)
 from merit_fast.model.tree_trial import fit_trees, reads_trees
 from merit_fast.model.vision import forget_positions, reads_images, tower_parameters
 
@@ -47,6 +52,7 @@ __all__ = [
     "reads_trees",
     "reset_peak_memory",
     "resolve_model",
+    "return_freed_memory",
     "score_batch",
     "score_targets",
     "settle_dtype",

@@ -1,4 +1,4 @@
-"""Resident memory of this process, and glibc's way to keep freed memory."""
+"""Memory of this process and of the machine, and what glibc does with freed memory."""
 
 import os
 from pathlib import Path
@@ -22,8 +22,36 @@ def reset_peak_memory() -> None:
         clear.write_text("5")
 
 
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Memory that a process can take now: the system's, or less by the limit of its control group.
+
+    Args:
+        root: of the file system; for tests.
+    """
+    meminfo = (root / "proc/meminfo").read_text()
+    available = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+    group = root / "sys/fs/cgroup"
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        held = (group / "memory.stat").read_text()
+        cache = int(held.split("inactive_file ")[1].split()[0])  # the system frees it on demand
+    except (OSError, ValueError, IndexError):
+        return available  # no such group, or one without a limit ("max")
+    return min(available, limit - used + cache)
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep 256 MiB that torch frees, which saves training a page fault per 4 KiB."""
+    _set_thresholds(mmap=128 << 20, trim=256 << 20)
+
+
+def return_freed_memory() -> None:
+    """Lets glibc return each tensor of 1 MiB and more as soon as torch frees it."""
+    _set_thresholds(mmap=1 << 20, trim=16 << 20)
+
+
+def _set_thresholds(mmap: int, trim: int) -> None:
     import ctypes
 
     trim_threshold = -1  # M_TRIM_THRESHOLD of malloc.h
@@ -32,5 +60,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return  # another C library: nothing to tune
-    mallopt(mmap_threshold, 128 << 20)
-    mallopt(trim_threshold, 256 << 20)
+    mallopt(mmap_threshold, mmap)
+    mallopt(trim_threshold, trim)

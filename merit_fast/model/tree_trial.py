@@ -23,14 +23,14 @@ _tried: "WeakKeyDictionary[nn.Module, tuple[int, bool]]" = WeakKeyDictionary()
 
 
 def fit_trees(
-    model: "nn.Module", examples: "Sequence[Example]"
+    model: "nn.Module | None", examples: "Sequence[Example]"
 ) -> "tuple[list[Example], list[int]]":
     """Examples as the model can read them, and the number of the example that each belongs to.
 
     Trees stay as they are if the model reads them exactly, else their texts take their places.
 
     Args:
-        model: a language model, in any mode.
+        model: a language model, in any mode; None: one that is not asked and reads no trees.
         examples: N examples.
 
     Returns:
@@ -39,7 +39,7 @@ def fit_trees(
     from merit_fast.data.tree import expand
 
     trees = [example for example in examples if example.tree is not None]
-    if not trees or reads_trees(model, trees):
+    if not trees or (model is not None and reads_trees(model, trees)):
         return list(examples), list(range(len(examples)))
     texts = [(text, number) for number, e in enumerate(examples) for text in expand(e)]
     return [text for text, _ in texts], [number for _, number in texts]

@@ -3,7 +3,6 @@
 A line ``# key: value`` becomes a setting when its ``# `` is removed.
 """
 
-import dataclasses
 import textwrap
 import typing
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import yaml
 from merit_fast.options.fields import REQUIRED
 from merit_fast.options.forms import help_text, words_of
 from merit_fast.options.parser import to_plain
+from merit_fast.records import Field, fields, record
 
 _COLUMN = 40  # where the help texts begin
 _WIDTH = 110
@@ -31,13 +31,13 @@ def option_lines(config: type[Any], chosen: Mapping[str, Any], indent: str = "  
     """A line of every option that is chosen or has a default, each with its help text.
 
     Args:
-        config: a dataclass whose fields are declared by ``option``, except sections of it.
+        config: a record whose fields are declared by ``option``, except sections of it.
         chosen: values that are set; the others stand as comments with their defaults.
         indent: what every line begins with.
     """
     hints = typing.get_type_hints(config)
     lines = []
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         is_chosen = field.name in chosen
         if "help" not in field.metadata or (field.default is REQUIRED and not is_chosen):
             continue
@@ -59,8 +59,8 @@ def commented(start: str, text: str) -> list[str]:
     return [start + lines[0][len(start) :], *lines[1:]]
 
 
-def _plain_default(field: "dataclasses.Field[Any]") -> Any:
-    @dataclasses.dataclass(frozen=True)
+def _plain_default(field: Field) -> Any:
+    @record
     class Holder:
         value: Any
 

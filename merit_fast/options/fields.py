@@ -1,17 +1,17 @@
-"""Declares options: a config is a frozen dataclass whose fields carry their help text.
+"""Declares options: a config is a record whose fields carry their help text.
 
     groups: int = option(4, "number of groups")
 
-``parser`` reads such a dataclass from YAML; ``cli.flags`` makes command-line flags of its fields.
+``parser`` reads such a record from YAML; ``cli.flags`` makes command-line flags of its fields.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merit_fast.errors import InputError, show
+from merit_fast.records import MISSING, field
 
-REQUIRED = dataclasses.MISSING  # as the default of an option that has none
+REQUIRED = MISSING  # as the default of an option that has none
 
 
 def option(
@@ -24,7 +24,7 @@ def option(
     omit_default: bool = False,
     spellings: Mapping[str, str] | None = None,
 ) -> Any:
-    """Declares a dataclass field with its help text.
+    """Declares a record's field with its help text.
 
     Args:
         default: may be a list or tuple (stored as a tuple); REQUIRED: there is none.
@@ -46,7 +46,7 @@ def option(
         "omit_default": omit_default,
         "spellings": dict(spellings or {}),
     }
-    return dataclasses.field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def require(holds: bool, key: str, rule: str, value: Any) -> None:

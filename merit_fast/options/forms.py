@@ -1,16 +1,17 @@
 """Shows options to people: the form of a value, its default and its help text, without Python."""
 
-import dataclasses
 import types
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal, Union
 
+from merit_fast.records import MISSING, Field, fields, is_record
+
 _LONGEST_FORM = 60  # columns of a value's form; longer lists of words go into the help text
 _SCALARS: dict[Any, str] = {int: "N", float: "NUMBER", str: "TEXT", bool: "true|false"}
 
 
-def flag_of(field: "dataclasses.Field[Any]", hint: Any) -> str:
+def flag_of(field: Field, hint: Any) -> str:
     """The command-line flag of a field; "": it has none."""
     named: str | None = field.metadata.get("flag")
     if named is not None:
@@ -18,7 +19,7 @@ def flag_of(field: "dataclasses.Field[Any]", hint: Any) -> str:
     return "" if is_list_of_mappings(hint) else "--" + field.name.replace("_", "-")
 
 
-def form_of(field: "dataclasses.Field[Any]", hint: Any) -> tuple[str, Sequence[str]]:
+def form_of(field: Field, hint: Any) -> tuple[str, Sequence[str]]:
     """The value's form, such as N or {fast,slow}, and words that the help text must list."""
     if field.metadata.get("form"):
         return field.metadata["form"], field.metadata.get("choices", ())
@@ -32,14 +33,14 @@ def form_of(field: "dataclasses.Field[Any]", hint: Any) -> tuple[str, Sequence[s
     return field.name.upper().replace("_", "-"), words
 
 
-def help_of(field: "dataclasses.Field[Any]", words: Sequence[str]) -> str:
+def help_of(field: Field, words: Sequence[str]) -> str:
     """The help text with the words that it must list, and the default."""
     help = help_text(field, words)
     default = shown(field.default)
     return f"{help} [default: {default}]" if default else help
 
 
-def help_text(field: "dataclasses.Field[Any]", words: Sequence[str]) -> str:
+def help_text(field: Field, words: Sequence[str]) -> str:
     """The help text with the words that it must list."""
     help: str = field.metadata["help"]
     return help if all(word in help for word in words) else f"{help}; one of {', '.join(words)}"
@@ -47,7 +48,7 @@ def help_text(field: "dataclasses.Field[Any]", words: Sequence[str]) -> str:
 
 def shown(default: Any) -> str:
     """A default for people; "" for None and for fields without a default."""
-    if default is None or default is dataclasses.MISSING:
+    if default is None or default is MISSING:
         return ""
     if isinstance(default, bool):
         return "yes" if default else "no"
@@ -55,8 +56,8 @@ def shown(default: Any) -> str:
         return f"{default:g}"
     if isinstance(default, (tuple, list)):
         return ", ".join(shown(value) for value in default) or "none"
-    if dataclasses.is_dataclass(default):
-        values = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    if is_record(default):
+        values = {f.name: getattr(default, f.name) for f in fields(default)}
         parts = [f"{name}: {shown(value)}" for name, value in values.items() if value]
         return ", ".join(parts) or "none"
     return str(default)
@@ -89,6 +90,6 @@ def words_of(hint: Any) -> list[str]:
 
 
 def is_list_of_mappings(hint: Any) -> bool:
-    """Whether an annotation is a list of dataclasses."""
+    """Whether an annotation is a list of records."""
     arguments = typing.get_args(hint)
-    return typing.get_origin(hint) is tuple and dataclasses.is_dataclass(arguments[0])
+    return typing.get_origin(hint) is tuple and is_record(arguments[0])

@@ -1,12 +1,12 @@
 """Lists the keys of a config for people, section by section."""
 
-import dataclasses
 import textwrap
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 from merit_fast.options.forms import form_of, help_of
+from merit_fast.records import MISSING, Field, fields, is_record
 
 _COLUMN = 30  # where the help texts begin
 
@@ -24,21 +24,21 @@ def key_lines(config: type[Any], width: int) -> list[str]:
 def sections(config: type[Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
     """Sections of a config with (key, form, help) of their keys; "" names the top."""
     hints = typing.get_type_hints(config)
-    fields = dataclasses.fields(config)
-    yield "", [_key(field, hints[field.name]) for field in fields if "help" in field.metadata]
-    for field in fields:
+    listed = fields(config)
+    yield "", [_key(field, hints[field.name]) for field in listed if "help" in field.metadata]
+    for field in listed:
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
+        if is_record(hint):
             yield field.name, list(_keys(hint, ""))
-        elif typing.get_origin(hint) is tuple and dataclasses.is_dataclass(hint.__args__[0]):
+        elif typing.get_origin(hint) is tuple and is_record(hint.__args__[0]):
             yield f"{field.name}, each entry", list(_keys(hint.__args__[0], ""))
 
 
 def _keys(config: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
     hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         hint = hints[field.name]
-        inner = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+        inner = fields(hint) if is_record(hint) else ()
         if inner and all("help" in item.metadata for item in inner):
             yield from _keys(hint, f"{prefix}{field.name}.")
         else:
@@ -46,9 +46,9 @@ def _keys(config: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
             yield prefix + name, form, help
 
 
-def _key(field: "dataclasses.Field[Any]", hint: Any) -> tuple[str, str, str]:
+def _key(field: Field, hint: Any) -> tuple[str, str, str]:
     form, words = form_of(field, hint)
-    missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    missing = field.default is MISSING and field.default_factory is MISSING
     return field.name, form, help_of(field, words) + (" [required]" if missing else "")
 
 

@@ -1,10 +1,9 @@
-"""Reads plain mappings strictly into frozen dataclasses, and writes them back.
+"""Reads plain mappings strictly into records, and writes them back.
 
 Unknown keys are errors that name the nearest valid key. Every value is checked against the
 annotation of its field.
 """
 
-import dataclasses
 import json
 import re
 import types
@@ -13,21 +12,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from merit_fast.errors import InputError, show
+from merit_fast.records import MISSING, Field, fields, is_record
 
 T = TypeVar("T")
 
 _SCALARS = frozenset({int, float, str, bool, type(None)})
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # the same in JSON and YAML
 _WORD = re.compile("[A-Za-z][A-Za-z0-9_]*")
-_NO_TEXTS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "null"})
+# Words that YAML reads as something else than a text, in any case.
+NO_TEXTS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "null"})
 _KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
 def parse(cls: type[T], values: Any, where: str, key: str = "") -> T:
-    """Builds the frozen dataclass ``cls`` from a mapping.
+    """Builds the record ``cls`` from a mapping.
 
     Args:
-        cls: a dataclass type.
+        cls: a record's class, or a dataclass.
         values: the mapping in the file; None counts as empty.
         where: the file (or "command line") to name in errors.
         key: the dotted key of this mapping in the file, "" at the top.
@@ -39,27 +40,27 @@ def parse(cls: type[T], values: Any, where: str, key: str = "") -> T:
     if not isinstance(values, Mapping):
         label = key or "the top level"
         raise InputError(f"{where}: {label}: must be a mapping of keys, got {show(values)}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = {field.name: field for field in fields(cls)}
     for name in values:
-        if name not in fields:
-            nearest = _nearest(str(name), fields)
+        if name not in known:
+            nearest = _nearest(str(name), known)
             raise InputError(f"{where}: {_join(key, name)}: unknown key{nearest}")
     hints = typing.get_type_hints(cls)
     parsed = {
-        name: _convert(hints[name], _spelled(fields[name], value), where, _join(key, name))
+        name: _convert(hints[name], _spelled(known[name], value), where, _join(key, name))
         for name, value in values.items()
     }
-    for name, field in fields.items():
+    for name, field in known.items():
         if name not in parsed and _is_required(field):
             raise InputError(f"{where}: {_join(key, name)}: is required")
     try:
         return cls(**parsed)
-    except InputError as error:  # a rule that the dataclass checks itself
+    except InputError as error:  # a rule that the record checks itself
         raise InputError(f"{where}: {_join(key, '')}{error}") from None
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """The dataclass as JSON-ready data, which ``parse`` turns into an equal dataclass.
+    """The record as JSON-ready data, which ``parse`` turns into an equal record.
 
     A field declared with ``omit_default`` is left out while it has its default.
     """
@@ -68,8 +69,8 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+    if is_record(value):
+        items = ((field, getattr(value, field.name)) for field in fields(value))
         return {
             field.name: _plain(item)
             for field, item in items
@@ -108,10 +109,12 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
 
 
 def _yaml_value(text: str, path: str) -> Any:
-    """The value of one line of YAML; plain words and numbers need no import."""
+    """The value of one line of YAML; plain words, numbers, true and false need no import."""
+    if text in ("true", "false"):
+        return text == "true"
     if _NUMBER.fullmatch(text):
         return json.loads(text)
-    if _WORD.fullmatch(text) and text.lower() not in _NO_TEXTS:
+    if _WORD.fullmatch(text) and text.lower() not in NO_TEXTS:
         return text
     import yaml
 
@@ -121,7 +124,7 @@ def _yaml_value(text: str, path: str) -> Any:
         raise InputError(f"command line: {path}: {show(text)} is not a YAML value") from None
 
 
-def _spelled(field: "dataclasses.Field[Any]", value: Any) -> Any:
+def _spelled(field: Field, value: Any) -> Any:
     """The value by the field's own word, where it is one of the field's other ``spellings``."""
     spellings = field.metadata.get("spellings") or {}
     return spellings.get(value, value) if isinstance(value, str) else value
@@ -130,7 +133,7 @@ def _spelled(field: "dataclasses.Field[Any]", value: Any) -> Any:
 # ---- one value, by the kind of its annotation
 def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
+    if is_record(hint):
         return parse(typing.cast(type, hint), value, where, key)
     if origin in (Union, types.UnionType):
         return _convert_union(typing.get_args(hint), value, where, key)
@@ -165,7 +168,7 @@ def _convert_union(choices: Sequence[Any], value: Any, where: str, key: str) -> 
 
 
 def _is_mapping(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
+    return is_record(hint) or typing.get_origin(hint) is dict
 
 
 def _check_choice(choices: Sequence[Any], value: Any, where: str, key: str) -> Any:
@@ -210,9 +213,8 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _is_required(field: "dataclasses.Field[Any]") -> bool:
-    missing = dataclasses.MISSING
-    return field.default is missing and field.default_factory is missing
+def _is_required(field: Field) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _join(key: str, name: Any) -> str:

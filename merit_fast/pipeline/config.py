@@ -1,8 +1,7 @@
-"""The run's YAML: a section for each stage, declared as a frozen dataclass in its folder."""
+"""The run's YAML: a section for each stage, declared as a record in its folder."""
 
 import os
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from merit_fast.model import settle_dtype
 from merit_fast.options.fields import REQUIRED, option, require
 from merit_fast.options.parser import override, parse, to_plain
 from merit_fast.options.yaml import read_yaml
+from merit_fast.records import field, record, replace
 from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig
 
 DEFAULT_OUTPUT = "runs/merit"
 
 
-@dataclass(frozen=True)
+@record
 class RunConfig:
     """Everything a run needs. ``model`` and ``mixture`` are required."""
 
@@ -111,7 +111,7 @@ def write_run_config(config: RunConfig, path: Path) -> None:
     So the file replays from any directory, also after the run has moved.
     """
     plain = to_plain(config)
-    for mapping, key, _ in _paths_in(plain):
+    for mapping, key, _ in paths_in(plain):
         local = Path(mapping[key]).expanduser()
         if local.exists() or not (is_hub_id(mapping[key]) or is_url(mapping[key])):
             mapping[key] = str(local.absolute())
@@ -130,7 +130,7 @@ def settle_dtypes(config: RunConfig) -> RunConfig:
     )
 
 
-def _paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+def paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
     """The places of paths to inputs: the mapping, its key, and the key from the top of the file."""
     if isinstance(values.get("model"), str):
         yield values, "model", "model"
@@ -150,7 +150,7 @@ def _paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str
 
 def _resolve_paths(values: dict[str, Any], overridden: Set[str], file: Path) -> None:
     """Makes the YAML's own paths, which the command line does not override, count from here."""
-    for mapping, key, name in _paths_in(values):
+    for mapping, key, name in paths_in(values):
         top = name.partition("[")[0].partition(".")[0]
         if mapping[key] and overridden.isdisjoint({name, top}):
             mapping[key] = _input_path(mapping[key], name, file)

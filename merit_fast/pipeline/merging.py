@@ -1,6 +1,7 @@
 """The work on the merged arms of a run: tuning, merging, listing for evaluation, auditing."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,22 +88,29 @@ def finished_merges(outputs: Outputs, names: Iterable[str]) -> "dict[str, Merged
     return merges
 
 
+def models_of(outputs: Outputs) -> "EvaluatedModels":
+    """The run's models by name; none needs to be finished, and merges have no weights."""
+    from merit_fast.evaluate.stage import EvaluatedModels, MergedArm
+
+    plan = outputs.plan
+    branches = {branch.name: outputs.branch_path(branch.name) for branch in plan.trained}
+    merges = {
+        name: MergedArm(outputs.merge_path(name), members, ())
+        for name, members in plan.merges.items()
+    }
+    starts = {branch.name: outputs.start_of(branch)[0] for branch in plan.trained}
+    return EvaluatedModels(outputs.base, branches, merges, plan.measured_arms, plan.joint, starts)
+
+
 def evaluated_models(outputs: Outputs) -> "EvaluatedModels":
     """Every finished branch and merge of the run, and the arms that they make.
 
     Raises:
         MeritFastError: one is absent, damaged or was made from another config.
     """
-    from merit_fast.evaluate.stage import EvaluatedModels
-
-    plan = outputs.plan
-    branches = {}
-    for branch in plan.trained:
-        branches[branch.name] = outputs.branch_path(branch.name)
-        outputs.require(branches[branch.name], outputs.branch(branch))
-    merges = finished_merges(outputs, plan.merges)
-    starts = {branch.name: outputs.start_of(branch)[0] for branch in plan.trained}
-    return EvaluatedModels(outputs.base, branches, merges, plan.measured_arms, plan.joint, starts)
+    for branch in outputs.plan.trained:
+        outputs.require(outputs.branch_path(branch.name), outputs.branch(branch))
+    return replace(models_of(outputs), merges=finished_merges(outputs, outputs.plan.merges))
 
 
 def audit_arms(directory: Path, outputs: Outputs, data: RunData, progress: Progress) -> None:

@@ -11,6 +11,7 @@ from merit_fast.manifests.io import STAGE_FILE, StageManifest, fingerprint, read
 from merit_fast.manifests.ledger import (
     LEDGER_FILE,
     OLD_BRANCHES,
+    UNITS_FOLDER,
     Ledger,
     OutputRecord,
     adopt,
@@ -106,6 +107,8 @@ class Records:
         )
 
     def _put(self, name: str, record: OutputRecord) -> None:
+        if name.startswith(f"{UNITS_FOLDER}/"):
+            return
         put = with_old if name.startswith(OLD_BRANCHES) else with_output
 
         def change(ledger: Ledger) -> Ledger:

@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.io import StageManifest, read_manifest, write_manifest
-from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest
+from merit_fast.manifests.io import StageManifest, read_manifest
+from merit_fast.manifests.schemas import EvaluateManifest
 from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES, Stage
 from merit_fast.options.parser import to_plain
 from merit_fast.pipeline.arms import Branch
-from merit_fast.pipeline.branches import adopt_branches, follow_leader, train_planned
+from merit_fast.pipeline.branches import adopt_branches, follow_leader
 from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.data import RunData
-from merit_fast.pipeline.merging import audit_arms, evaluated_models, merge_model
 from merit_fast.pipeline.outputs import Outputs
-from merit_fast.pipeline.reporting import report_options, sketch_position
 from merit_fast.pipeline.upkeep import Upkeep
+from merit_fast.pipeline.work import Work
 from merit_fast.progress import Progress, SilentProgress
-from merit_fast.report import split_lines
 from merit_fast.train.parallel.world import require_one_process, world_size
 
 if TYPE_CHECKING:
@@ -50,11 +48,11 @@ class Run:
         dry_run: bool = False,
     ) -> None:
         self.progress = progress or SilentProgress()
-        self._noted: set[str] = set()  # notes of train that this run has shown
         self.outputs = Outputs(config, command, verify)
         self._upkeep = Upkeep(self.outputs, self.progress, keep_replaced=not overwrite)
         self.config = self.outputs.config
         self.data = RunData(self.outputs, self.progress, writes=not dry_run)
+        self.work = Work(self.outputs, self.data, self.progress)
         if config.threads is not None:
             import torch
 
@@ -63,23 +61,24 @@ class Run:
     # ---- stages
     def sketch(self) -> bool:
         if self.config.split.warmup:
-            with self._upkeep.claim():
-                adopt_branches([self.outputs.warmup], self.outputs, self.progress)
-                self._train(self.outputs.warmup)
+            self.warm_up()
         folder = self.outputs.folder(SKETCH)
-        return self._bring_up_to_date(folder, self.outputs.sketch, self._sketch)
+        return self.bring_up_to_date(folder, self.outputs.sketch, self.work.sketch)
 
     def split(self) -> bool:
         folder = self.outputs.folder(SPLIT)
         with self._upkeep.claim():
-            worked = self._bring_up_to_date(folder, self.outputs.split, self._split)
+            worked = self.bring_up_to_date(folder, self.outputs.split, self.work.split)
             self.outputs.put_in_force(again=False)
         return worked
 
-    def train(self) -> bool:
-        """Trains the branches; the processes that torchrun started train each one together."""
+    def train(self, only: str | None = None) -> bool:
+        """Trains the branches, or ``only`` one.
+
+        The processes that torchrun started train each one together.
+        """
         if world_size() == 1:
-            return self._train_all(None)
+            return self._train_all(None, only)
         if self.config.train.engine != "builtin":
             require_one_process(f"train.engine {self.config.train.engine}")
         from merit_fast.train.parallel.ranks import joined_ranks
@@ -88,18 +87,26 @@ class Run:
             if not ranks.leads:
                 follow_leader(self.outputs, self.data, ranks)
                 return False
-            worked = self._train_all(ranks)
+            worked = self._train_all(ranks, only)
             ranks.tell(None)
             return worked
 
-    def _train_all(self, ranks: "Ranks | None") -> bool:
+    def warm_up(self) -> bool:
+        """Trains the joint run before the sketch, where ``split.warmup`` asks for one."""
+        warmup = self.outputs.warmup
+        with self._upkeep.claim():
+            adopt_branches([warmup], self.outputs, self.progress)
+            return self._train(warmup)
+
+    def _train_all(self, ranks: "Ranks | None", only: str | None) -> bool:
         plan = self.outputs.plan
         with self._upkeep.claim():
             self.outputs.put_in_force(again=True)
             for note in plan.notes:
                 self.progress.note(note)
             adopt_branches(plan.trained, self.outputs, self.progress)
-            jobs = [functools.partial(self._train, branch, ranks) for branch in plan.trained]
+            chosen = [branch for branch in plan.trained if only in (None, branch.name)]
+            jobs = [functools.partial(self._train, branch, ranks) for branch in chosen]
             return self._upkeep.in_any_order(jobs)
 
     def merge(self) -> bool:
@@ -110,14 +117,14 @@ class Run:
     def evaluate(self) -> bool:
         outputs = self.outputs
         folder = outputs.folder(EVALUATE)
-        worked = self._bring_up_to_date(folder, outputs.evaluate, self._evaluate)
+        worked = self.bring_up_to_date(folder, outputs.evaluate, self.work.evaluate)
         if self.config.evaluate.audit:
-            worked |= self._bring_up_to_date(outputs.folder(AUDIT), outputs.audit, self._audit)
+            worked |= self.bring_up_to_date(outputs.folder(AUDIT), outputs.audit, self.work.audit)
         return worked
 
     def report(self) -> bool:
         folder = self.outputs.folder(REPORT)
-        return self._bring_up_to_date(folder, self.outputs.report, self._report)
+        return self.bring_up_to_date(folder, self.outputs.report, self.work.report)
 
     def preflight(self, stages: Sequence[Stage] = STAGES) -> None:
         """Checks what config, headers and rows tell about these stages; keeps tokenized rows only.
@@ -163,106 +170,16 @@ class Run:
             "report": str(outputs.file(REPORT)),
         }
 
-    # ---- the work of each stage, in its output directory
-    def _sketch(self, directory: Path) -> None:
-        from merit_fast.sketch import sketch_mixture
-
-        outputs = self.outputs
-        sketch_mixture(
-            str(outputs.start),
-            outputs.start_fingerprint,
-            self.data.sketched,
-            self.data.pad_token_id,
-            self.config.split.sketch_config(),
-            directory,
-            self.progress,
-            outputs.folder(SKETCH),  # an earlier output: datasets that did not change keep theirs
-            outputs.config.train.freeze,
-        )
-
-    def _split(self, directory: Path) -> None:
-        from merit_fast.split import split_mixture
-
-        outputs = self.outputs
-        outputs.require(outputs.folder(SKETCH), outputs.sketch)
-        manifest = split_mixture(
-            outputs.folder(SKETCH),
-            self.data.branch,
-            outputs.train_fingerprint,
-            self.config.split,
-            base_fingerprint=outputs.base_fingerprint,
-            steps=self.data.num_steps(self.data.branch),
-            sketched_at=sketch_position(self.config),
-            texts=self.data.texts,
-            num_controls=outputs.num_controls,
-            progress=self.progress,
-        )
-        write_manifest(manifest, directory / SPLIT.file)
-        for line in split_lines(manifest, self.data.branch_steps(manifest)):
-            self.progress.note(line)
-
     def _train(self, branch: Branch, ranks: "Ranks | None" = None) -> bool:
-        def work(directory: Path) -> None:
-            shown = (self.progress, self._noted)
-            train_planned(branch, directory, self.outputs, self.data, *shown, ranks)
-
         path = self.outputs.branch_path(branch.name)
-        return self._bring_up_to_date(path, self.outputs.branch(branch), work)
+        work = functools.partial(self.work.train, branch=branch, ranks=ranks)
+        return self.bring_up_to_date(path, self.outputs.branch(branch), work)
 
     def _merge(self, name: str) -> bool:
-        def work(directory: Path) -> None:
-            merge_model(name, directory, self.outputs, self.data, self.progress)
+        work = functools.partial(self.work.merge, name=name)
+        return self.bring_up_to_date(self.outputs.merge_path(name), self.outputs.merge(name), work)
 
-        path = self.outputs.merge_path(name)
-        return self._bring_up_to_date(path, self.outputs.merge(name), work)
-
-    def _evaluate(self, directory: Path) -> None:
-        from merit_fast.evaluate import evaluate_arms
-
-        evaluate_arms(
-            evaluated_models(self.outputs),
-            self.data.reporting,
-            self.data.tokenizer,
-            self.data.pad_token_id,
-            self.config.evaluate,
-            directory,
-            self.progress,
-            self.config.data,
-        )
-
-    def _audit(self, directory: Path) -> None:
-        audit_arms(directory, self.outputs, self.data, self.progress)
-
-    def _report(self, directory: Path) -> None:
-        from merit_fast.report import read_tuned, write_report
-        from merit_fast.sketch.mixture.reuse import read_check
-
-        outputs = self.outputs
-        options = report_options(self.config, outputs.plan.notes)
-        reported = outputs.reported
-        evaluation = None
-        audit = None
-        if EVALUATE in reported:
-            evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
-        else:
-            self.progress.note("report: of the split only; no evaluation of this config is there")
-        if AUDIT in reported:
-            audit = read_manifest(AuditManifest, outputs.file(AUDIT))
-        elif options.audit and evaluation is not None:
-            self.progress.note("report: without an audit; no audit of this config is there")
-        check = read_check(outputs.folder(SKETCH))
-        checked = () if check is None else (f"sketch: {check}",)
-        write_report(
-            outputs.split_manifest,
-            evaluation,
-            directory / REPORT.file,
-            title=options.title,
-            notes=(*options.notes, *checked),
-            audit=audit,
-            tuned={} if evaluation is None else read_tuned(outputs.root, evaluation),
-        )
-
-    def _bring_up_to_date(
+    def bring_up_to_date(
         self, path: Path, manifest: StageManifest, work: Callable[[Path], None]
     ) -> bool:
         """Fills ``path`` by ``work`` unless it is up to date; the rule of every stage."""

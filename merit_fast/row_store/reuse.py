@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ _TAKEN = "rows.taken"  # the folder that replaces ROWS_FOLDER
 
 
 def reuse_rows(
-    directory: Path, earlier: Path | None, fingerprints: Mapping[str, str]
+    directory: Path, earlier: Sequence[Path], fingerprints: Mapping[str, str]
 ) -> frozenset[str]:
     """Gives all stored rows that are known by their fingerprint the name of their dataset.
 
@@ -23,15 +23,16 @@ def reuse_rows(
 
     Args:
         directory: the sketch stage's output under its temporary name.
-        earlier: an earlier output; None: there is none.
+        earlier: earlier outputs; absent folders count as empty.
         fingerprints: dataset -> fingerprint that its rows must have.
 
     Returns:
         Datasets whose rows are complete and undamaged in ``directory``.
     """
     wanted = set(fingerprints.values())
-    known = {} if earlier is None else _intact(earlier / ROWS_FOLDER, wanted)
-    known |= _intact(directory / ROWS_FOLDER, wanted)
+    known: dict[str, Path] = {}
+    for folder in (*earlier, directory):
+        known |= _intact(folder / ROWS_FOLDER, wanted)
     taken = directory / _TAKEN
     shutil.rmtree(taken, ignore_errors=True)
     found = {name for name, digest in fingerprints.items() if digest in known}

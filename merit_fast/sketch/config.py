@@ -4,7 +4,6 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -12,9 +11,10 @@ from merit_fast.errors import InputError, show
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.manifests.hashes import checksum
 from merit_fast.options.fields import option, require
+from merit_fast.records import record, replace
 
 
-@dataclass(frozen=True)
+@record
 class SketchConfig:
     """Options that decide the sketches."""
 
@@ -77,6 +77,12 @@ class SketchConfig:
         "with normalize kfac: the damping, as a share of each parameter's mean eigenvalue [0.1]",
     )
 
+    memory: Literal["auto", "whole", "layers"] = option(
+        "auto",
+        "whole: the model in memory; layers: one layer at a time, read from its files in every "
+        "pass; auto: layers if the model does not fit (does not change the sketch)",
+        omit_default=True,
+    )
     parts: dict[str, str] | None = option(
         None,
         "parts of the model whose conflicts are measured too, each a regex on parameter names; "
@@ -123,6 +129,9 @@ class SketchConfig:
             "a folder with normalize adam, and only then",
             self.optimizer,
         )
+        is_held = self.normalize == "adam" and self.memory == "layers"
+        rule = "auto or whole with normalize adam, whose second moments are all in memory"
+        require(not is_held, "memory", rule, self.memory)
         if self.damping is not None:
             rule = "above 0 and finite, with normalize kfac only"
             is_right = self.normalize == "kfac" and 0 < self.damping < math.inf

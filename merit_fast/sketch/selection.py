@@ -2,13 +2,15 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from merit_fast.errors import InputError, show
+from merit_fast.errors import InputError, MeritFastError, show
+from merit_fast.model.layered.stack import block_lists
+from merit_fast.model.layered.stream import bring_in
 from merit_fast.sketch.names import canonical_name, named_parameters
 
 _PROBES = 64
@@ -43,11 +45,34 @@ def select_parameters(
     return chosen
 
 
+def require_whole(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Checks that this process has every parameter, and all of it.
+
+    Raises:
+        MeritFastError: one is a DTensor, as FSDP2 and tensor parallelism leave it, or is on the
+            meta device, as accelerate's hooks leave what they offload.
+    """
+    for name, parameter in parameters.items():
+        reason = ""
+        if hasattr(parameter, "device_mesh"):
+            reason = "is a DTensor (FSDP2, tensor parallelism), of which each process has a part"
+        elif parameter.is_meta:
+            reason = "has no values (meta device; offloaded by accelerate?)"
+        if reason:
+            raise MeritFastError(
+                f"sketch_gradients: parameter {name} must be whole in this process, but {reason}; "
+                "load_layered reads a model that does not fit layer by layer, and states of "
+                "processes that sketch different examples add up (SketchState.merge)"
+            )
+
+
 def model_weights_fingerprint(model: nn.Module) -> str:
     """32 hex digits of a model in memory: names, shapes, dtypes and 64 values per parameter."""
     digest = hashlib.sha256()
     probes = []
+    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
     for name, parameter in named_parameters(model):
+        bring_in(owners[id(parameter)])
         digest.update(f"{name}\n{list(parameter.shape)}\n{parameter.dtype}\n".encode())
         flat = parameter.detach().reshape(-1)
         probes.append(flat[:: max(1, len(flat) // _PROBES)].float())
@@ -75,7 +100,7 @@ def _wanted(model: nn.Module, parameters: str) -> Callable[[str], bool]:
     if parameters == "all":
         return lambda name: True
     if parameters == "blocks":
-        blocks = tuple(f"{name}." for name in _block_lists(model))
+        blocks = tuple(f"{name}." for name in block_lists(model))
         blocks = tuple(canonical_name(block) for block in blocks)
         return lambda name: name.startswith(blocks)
     try:
@@ -86,20 +111,3 @@ def _wanted(model: nn.Module, parameters: str) -> Callable[[str], bool]:
             f"got {show(parameters)} ({error})"
         ) from None
     return lambda name: pattern.search(name) is not None
-
-
-def _block_lists(model: nn.Module) -> list[str]:
-    """Names of the largest outermost module lists.
-
-    They have at least half of the largest one's parameters.
-
-    Encoder and decoder are both among them; the vision tower of a language model is not.
-    """
-    sizes: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(
-            name.startswith(f"{outer}.") for outer in sizes
-        ):
-            sizes[name] = sum(parameter.numel() for parameter in module.parameters())
-    largest = max(sizes.values(), default=0)
-    return [name for name, size in sizes.items() if largest and 2 * size >= largest]

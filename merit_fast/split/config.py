@@ -3,18 +3,17 @@
 They contain the sketch stage's options: the YAML has one `split:` section.
 """
 
-import dataclasses
-from dataclasses import dataclass
 from typing import Literal
 
 from merit_fast.errors import InputError
 from merit_fast.options.fields import option, require
+from merit_fast.records import fields, record
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.split.search.methods import METHODS, Method
 from merit_fast.split.search.problem import Pins
 
 
-@dataclass(frozen=True)
+@record
 class Choices:
     """Options that a preset sets where the config leaves them out."""
 
@@ -32,7 +31,7 @@ PRESETS = {
 *_FIRST_NAMES, _LAST_NAME = METHODS
 
 
-@dataclass(frozen=True)
+@record
 class SplitConfig(SketchConfig):
     """Options that decide the groups, next to the sketches'.
 
@@ -109,9 +108,7 @@ class SplitConfig(SketchConfig):
 
     def sketch_config(self) -> SketchConfig:
         """Options that decide the sketches, with the preset's weight."""
-        options = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(SketchConfig)
-        }
+        options = {field.name: getattr(self, field.name) for field in fields(SketchConfig)}
         return SketchConfig(**options | {"weight": self.filled().weight})
 
     def filled(self) -> "Choices":

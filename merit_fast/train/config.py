@@ -1,16 +1,16 @@
 """Options of the train stage."""
 
 import re
-from dataclasses import dataclass, replace
 from typing import Literal
 
 from merit_fast.kernels.average.dtypes import SPELLINGS
 from merit_fast.options.fields import option, require
+from merit_fast.records import record, replace
 from merit_fast.train.adapter.config import AdapterConfig
 from merit_fast.train.stack.options import Engine, check_engine_options
 
 
-@dataclass(frozen=True)
+@record
 class ControlsConfig:
     """Arms that are trained next to ``merit``, to compare it with."""
 
@@ -39,7 +39,7 @@ class ControlsConfig:
         return int(self.random > 0) if self.iid is None else self.iid
 
 
-@dataclass(frozen=True)
+@record
 class TrainConfig:
     """Fine-tuning with AdamW, of all weights or of an adapter; one recipe for all branches."""
 
@@ -107,6 +107,12 @@ class TrainConfig:
         "master next to a bf16 weight",
         omit_default=True,
     )
+    shard: Literal["none", "full"] = option(
+        "none",
+        "what the processes of torchrun divide. none: the steps only; full: also weights, "
+        "gradients, masters and moments (FSDP2)",
+        omit_default=True,
+    )
     update_in_backward: Literal["previous", "two-pass"] | None = option(
         None,
         "update each weight inside the backward pass, so that few gradients are in memory; clips "
@@ -170,9 +176,26 @@ class TrainConfig:
             require(not (value and self.update_in_backward), name, rule, getattr(self, name))
         is_measured = self.patience is None or self.evaluate_steps is not None
         require(is_measured, "patience", "absent without evaluate_steps", self.patience)
+        self._check_shard()
         check_engine_options(
             self.engine, self.engine_config, self.engine_command, self.engine_python
         )
+
+    def _check_shard(self) -> None:
+        """Checks that the options go with a divided model."""
+        if self.shard == "none":
+            return
+        adapter = self.adapter
+        apart = f"absent with shard {self.shard}"
+        for key, holds, value in (
+            ("adapter.kind", adapter.kind != "dora", adapter.kind),
+            ("adapter.base", adapter.base == "as-is", adapter.base),
+            ("adapter.save", not adapter.is_on or adapter.is_saved_apart, adapter.save),
+            ("adapter.modules_to_save", not adapter.modules_to_save, adapter.modules_to_save),
+        ):
+            require(holds, key, apart, value)
+        updates = self.update_in_backward if adapter.is_on else None
+        require(updates is None, "update_in_backward", f"{apart} and an adapter", updates)
 
     def with_builtin_engine(self) -> "TrainConfig":
         """Returns these options for the built-in trainer."""

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,14 @@ from merit_fast.train.metrics.trackers import Trackers
 from merit_fast.train.optimizer import MasterAdamW
 from merit_fast.train.parallel.ranks import Ranks
 from merit_fast.train.prepare import TrainedModel
-from merit_fast.train.resume import BEST_FILE, Position, read_checkpoint, write_checkpoint
+from merit_fast.train.resume import (
+    BEST_FILE,
+    Fill,
+    Position,
+    fill_from_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from merit_fast.train.step import train_step
 from merit_fast.train.steps import Schedule
 
@@ -76,7 +83,7 @@ class Loop:
             if log is not None:
                 log.close()
             trackers.end()
-        if self.config.patience is None or not self.ranks.leads:
+        if self.config.patience is None or not (self.ranks.leads or self._is_divided):
             return End(position, position)
         kept = self._take_best()
         progress.note(
@@ -114,7 +121,7 @@ class Loop:
         return moved
 
     def _measure(self, position: Position, log: MetricsLog | None, trackers: Trackers) -> Position:
-        sums = self.held_out.measure(self.trained.model, self.ranks)
+        sums = self.held_out.measure(self.trained, self.ranks)
         if not sums.mean < float("inf"):
             raise MeritFastError(
                 f"train: {self.branch}: held-out loss is not finite at step {position.step}; the "
@@ -122,42 +129,75 @@ class Loop:
             )
         measured = replace(position, held_out=(*position.held_out, sums.mean))
         is_best = measured.best == len(measured.held_out) - 1
-        if self.config.patience is not None and is_best and self.ranks.leads:
-            write_checkpoint(self.directory, self._weights(), measured, BEST_FILE)
+        if self.config.patience is not None and is_best and self._writes:
+            write_checkpoint(self.directory, self._weights(), measured, BEST_FILE, self.ranks)
         record = HeldOutRecord(position.step, sums)
         _report(record, log, trackers)
         return measured
 
     def _checkpoint(self, position: Position, log: MetricsLog | None) -> None:
-        if log is None:
+        if position.step % self.config.checkpoint_steps or position.step >= self.steps:
             return
-        if position.step % self.config.checkpoint_steps == 0 and position.step < self.steps:
+        if log is not None:
             log.sync()
-            write_checkpoint(self.directory, self.optimizer.state(), position)
+        if self._writes:
+            state = self.optimizer.state()
+            write_checkpoint(self.directory, state, position, ranks=self.ranks)
+        if self.ranks.leads:
             self.write_timing()
+
+    @property
+    def _is_divided(self) -> bool:
+        return self.optimizer.is_divided
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process takes part in writing a checkpoint."""
+        return self.ranks.leads or self._is_divided
 
     def _weights(self) -> dict[str, Tensor]:
         pairs = zip(self.optimizer.names, self.optimizer.parameters, strict=True)
         return {name: parameter.detach() for name, parameter in pairs}
 
     def _take_best(self) -> Position:
-        best = read_checkpoint(self.directory, BEST_FILE)
-        if best is None:
+        position = self._fill_weights() if self._is_divided else self._read_weights()
+        if position is None:
             raise InputError(
                 f"{self.directory / BEST_FILE}: is not there; remove the folder to train the "
                 "branch from its start"
             )
+        return position
+
+    def _read_weights(self) -> Position | None:
+        best = read_checkpoint(self.directory, BEST_FILE)
+        if best is None:
+            return None
         tensors, position = best
         for name, weight in self._weights().items():
             weight.copy_(tensors[name])
         return position
 
-    def _resume(self) -> Position:
+    def _fill_weights(self) -> Position | None:
+        def fill(names: Container[str], read: Fill) -> None:
+            for name, weight in self._weights().items():
+                read(name, weight)
+
+        return fill_from_checkpoint(self.directory, fill, self.ranks, BEST_FILE)
+
+    def _read_state(self) -> Position | None:
+        if self._is_divided:
+            return fill_from_checkpoint(self.directory, self.optimizer.fill_state, self.ranks)
         checkpoint = read_checkpoint(self.directory)
         if checkpoint is None:
-            return Position()
+            return None
         tensors, position = checkpoint
         self.optimizer.load_state(tensors)
+        return position
+
+    def _resume(self) -> Position:
+        position = self._read_state()
+        if position is None:
+            return Position()
         timing = self.directory / _TIMING_FILE
         self.earlier_s = json.loads(timing.read_text())["train_s"] if timing.exists() else 0.0
         return position

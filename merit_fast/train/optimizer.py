@@ -1,13 +1,17 @@
 """AdamW over fp32 master weights, with a state that saves to and loads from plain tensors."""
 
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.optimizer import FusedAdamW
 from merit_fast.train.config import TrainConfig
+from merit_fast.train.parallel.pieces import is_divided, own_part
+from merit_fast.train.parallel.ranks import ONE_PROCESS, Ranks
 
 _LAST_NORM = "last_norm."  # no parameter has this name
 _WEIGHT = "master"  # the key of the weights themselves, or of their masters
@@ -19,15 +23,25 @@ class MasterAdamW:
     Plain bf16 loses updates: at a learning rate of 1e-5 a weight moves 11 % of what it should. With
     ``adamw`` weights have fp32 masters and moments; an fp32 model is its own master. With
     ``adamw-8bit`` moments have 8 bits and a bf16 weight keeps 8 more bits of its master.
-    ``backend`` is that of ``FusedAdamW``; "eager" runs torch's fused AdamW on widened gradients.
+    ``backend`` is that of ``FusedAdamW``; "eager" runs torch's fused AdamW on widened gradients,
+    but ``FusedAdamW`` for weights that ``ranks`` divide.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        backend: str | None = None,
+        ranks: Ranks = ONE_PROCESS,
+    ) -> None:
+        self.ranks = ranks
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters: list[Tensor] = [p for _, p in named]
         device = self.parameters[0].device.type if named else "cpu"
+        self.is_divided = any(is_divided(parameter) for parameter in self.parameters)
         is_plain = config.optimizer == "adamw" and config.update_in_backward is None
+        is_plain = is_plain and not self.is_divided
         is_eager = dispatch.choose("adamw", device, backend) == "eager"
         kernel = _Torch if is_eager and is_plain else _OnePass
         self._adamw = kernel(self.parameters, config, backend)
@@ -53,7 +67,7 @@ class MasterAdamW:
         """
         norm = self._adamw.step(learning_rate)
         if not norm < float("inf"):
-            raise NonFiniteGradient(self._first_not_finite())
+            raise NonFiniteGradient(self.first_not_finite())
         for parameter in self.parameters:
             parameter.grad = None
         return norm
@@ -75,6 +89,7 @@ class MasterAdamW:
 
         Raises:
             KeyError: a tensor is missing: the checkpoint is of another recipe.
+            InputError: a tensor is of another form.
         """
         self._adamw.load_own_state(tensors)
         keys = {name.partition(".")[0] for name in tensors} - {_WEIGHT, "last_norm"}
@@ -89,13 +104,36 @@ class MasterAdamW:
             for key in {*keys, *state} - {_WEIGHT}:
                 if key in state or f"{key}.{name}" in tensors:
                     device = torch.device("cpu") if key == "step" else master.device
-                    state[key] = _in_layout_of(state.get(key), tensors[f"{key}.{name}"].to(device))
+                    loaded = tensors[f"{key}.{name}"].to(device)
+                    state[key] = _in_layout_of(state.get(key), loaded, f"{key}.{name}")
 
-    def _first_not_finite(self) -> str | None:
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return name
-        return None
+    def fill_state(self, names: Container[str], fill: Callable[[str, Tensor], None]) -> None:
+        """Resumes divided weights.
+
+        Args:
+            names: of the tensors of ``state`` that are stored.
+            fill: writes the values of a stored tensor into the one that it gets.
+        """
+        if _LAST_NORM in names:
+            norm = torch.zeros((), dtype=torch.float64)
+            fill(_LAST_NORM, norm)
+            self._adamw.load_own_state({_LAST_NORM: norm})
+        for name, tensor in self.state().items():
+            fill(name, tensor)
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                with torch.no_grad():
+                    own_part(parameter).copy_(own_part(master))
+
+    def first_not_finite(self) -> str | None:
+        """Name of the first parameter whose gradient is not finite, in any of the processes."""
+        counts = torch.zeros(len(self.parameters), dtype=torch.int32)
+        for number, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                counts[number] = not own_part(parameter.grad).isfinite().all()
+        if self.is_divided:
+            self.ranks.add(counts)
+        return next((n for n, count in zip(self.names, counts, strict=True) if count), None)
 
 
 class NonFiniteGradient(Exception):
@@ -106,10 +144,15 @@ class NonFiniteGradient(Exception):
         self.parameter = parameter
 
 
-def _in_layout_of(tensor: Tensor | None, loaded: Tensor) -> Tensor:
+def _in_layout_of(tensor: Tensor | None, loaded: Tensor, name: str) -> Tensor:
     """``loaded`` in the order of elements of a tensor of its kind: files are in row-major order."""
-    if tensor is None or (tensor.shape, tensor.dtype) != (loaded.shape, loaded.dtype):
+    if tensor is None:
         return loaded
+    if (tensor.shape, tensor.dtype) != (loaded.shape, loaded.dtype):
+        raise InputError(
+            f"checkpoint: {name}: must be {list(tensor.shape)} of {tensor.dtype}, got "
+            f"{list(loaded.shape)} of {loaded.dtype}, as another train.shard writes it"
+        )
     return torch.empty_like(tensor).copy_(loaded)
 
 

@@ -94,7 +94,7 @@ def train_branch(
     noted = set() if noted is None else noted
     loop, companions, trackers = _prepare(job, config, directory, progress, noted, ranks)
     end = loop.run(trackers, progress)
-    manifest = _write_branch(job, loop.trained, config, end, directory, companions)
+    manifest = _write_branch(job, loop, config, end, companions)
     loop.write_timing()
     remove_checkpoint(directory)
     return manifest
@@ -116,6 +116,7 @@ def follow_branch(job: BranchJob, config: TrainConfig, directory: Path, ranks: R
     config = replace(config, report_to=())
     loop, _, trackers = _prepare(job, config, directory, progress, set(), ranks)
     loop.run(trackers, progress)
+    loop.trained.write(job.start_path, directory, config, ranks)
 
 
 def _prepare(
@@ -127,10 +128,10 @@ def _prepare(
     ranks: Ranks,
 ) -> tuple[Loop, Companions, Trackers]:
     """Loads and checks everything before the first step."""
-    if config.update_in_backward is not None and ranks.size > 1:
+    if config.update_in_backward is not None and ranks.size > 1 and config.shard == "none":
         raise InputError(
-            "train.update_in_backward: must be absent with several processes, which add their "
-            f"gradients first; got {config.update_in_backward!r}"
+            "train.update_in_backward: must be absent with several processes that add whole "
+            f"gradients first (train.shard: full divides them); got {config.update_in_backward!r}"
         )
     examples = ChainedExamples(job.datasets)
     if not len(examples):
@@ -141,7 +142,7 @@ def _prepare(
     trackers = Trackers(config, job.branch, job.tracked or directory, job.names)
     reset_peak_memory()
     start = time.perf_counter()
-    trained = prepare_model(job.start_path, config)
+    trained = prepare_model(job.start_path, config, ranks)
     _note_once(progress, str(trained.patch), noted)
     expands = _expands_trees(trained, examples)
     if expands:
@@ -150,14 +151,14 @@ def _prepare(
         choose_attention(trained.model)
     if config.packing:
         require_text(job.datasets)
-        require_packing(trained.model, examples.shortest(8))
+        trained.call(require_packing, examples.shortest(8))
     loop = Loop(
         branch=job.branch,
         datasets=job.names,
         config=config,
         directory=directory,
         trained=trained,
-        optimizer=MasterAdamW(trained.model, config, _backend(config)),
+        optimizer=MasterAdamW(trained.model, config, _backend(config), ranks),
         schedule=Schedule(examples, config, job.row_length, padding, expands, ranks.size),
         steps=job.steps or num_steps(len(examples), config),
         held_out=held_out,
@@ -174,10 +175,11 @@ def _backend(config: TrainConfig) -> str | None:
 def _expands_trees(trained: TrainedModel, examples: ChainedExamples) -> bool:
     """Whether the model reads the texts of trees one by one.
 
-    Routers' loss needs a mask of two dimensions, which a tree has not.
+    Routers' loss needs a mask of two dimensions, which a tree has not. A trial that fails would
+    leave a divided model in the middle of its forward.
     """
     trees = examples.tree_indices
-    if not len(trees) or trained.router_factor:
+    if not len(trees) or trained.router_factor or trained.shards is not None:
         return bool(len(trees))
     lengths = examples.lengths[trees]
     tried = {int(trees[lengths.argmin()]), int(trees[lengths.argmax()])}
@@ -185,15 +187,11 @@ def _expands_trees(trained: TrainedModel, examples: ChainedExamples) -> bool:
 
 
 def _write_branch(
-    job: BranchJob,
-    trained: TrainedModel,
-    config: TrainConfig,
-    end: End,
-    directory: Path,
-    companions: Companions,
+    job: BranchJob, loop: Loop, config: TrainConfig, end: End, companions: Companions
 ) -> BranchManifest:
-    companions.complete(trained.model)
-    trained.write(job.start_path, directory, config)
+    directory = loop.directory
+    companions.complete(loop.trained.model)
+    loop.trained.write(job.start_path, directory, config, loop.ranks)
     companions.write(directory)
     kept = end.kept
     manifest = BranchManifest(

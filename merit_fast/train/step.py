@@ -12,12 +12,12 @@ from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss
 from merit_fast.train.metrics.record import DatasetSums, StepRecord
 from merit_fast.train.optimizer import MasterAdamW, NonFiniteGradient
-from merit_fast.train.parallel.ranks import Ranks
+from merit_fast.train.parallel.pieces import is_divided
+from merit_fast.train.parallel.ranks import ONE_PROCESS, Ranks
 from merit_fast.train.prepare import TrainedModel
 from merit_fast.train.resume import Position
 from merit_fast.train.schedule import learning_rate
 
-ALONE = Ranks()
 _ADVICE = "lower train.learning_rate or look at these rows; the last checkpoint is kept"
 
 
@@ -29,7 +29,7 @@ def train_step(
     steps: int,
     config: TrainConfig,
     position: Position,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_PROCESS,
 ) -> tuple[Position, StepRecord]:
     """Takes one step; its random state depends only on the seed and the number of the step.
 
@@ -51,7 +51,9 @@ def train_step(
     torch.manual_seed(seed + ranks.rank * 2**40)  # dropout, where a model has it
     rate = learning_rate(position.step, steps, config)
     sums = _backward(trained, optimizer, batches, len(names), rate, ranks)
-    ranks.add_gradients(optimizer.parameters)
+    ranks.add_gradients([p for p in optimizer.parameters if not is_divided(p)])
+    if optimizer.is_divided:
+        _drop_unused(trained, optimizer, config)
     where = f"at step {position.step}"
     not_finite = [
         name for name, loss in zip(names, sums.losses, strict=True) if not abs(loss) < float("inf")
@@ -82,6 +84,20 @@ def train_step(
     return moved, StepRecord(moved.step, sums, num_tokens, rate, norm, seconds)
 
 
+def _drop_unused(trained: TrainedModel, optimizer: MasterAdamW, config: TrainConfig) -> None:
+    """Leaves parameters as they are that had no part in the step, as in one process."""
+    assert trained.shards is not None
+    unused = {*trained.shards.take_unused(optimizer.names)}
+    if unused and config.update_in_backward is not None:
+        raise MeritFastError(
+            f"train: {min(unused)} has no part in the loss; freeze it (train.freeze) or leave "
+            "train.update_in_backward out"
+        )
+    for name, parameter in zip(optimizer.names, optimizer.parameters, strict=True):
+        if name in unused:
+            parameter.grad = None
+
+
 def _guilty_datasets(
     trained: TrainedModel, optimizer: MasterAdamW, batches: Sequence[Batch], num_datasets: int
 ) -> list[bool]:
@@ -98,10 +114,9 @@ def _guilty_datasets(
         own = [_only_of(batch, number) for batch in batches]
         own = [batch for batch in own if batch.num_target_tokens]
         for batch in own:
-            loss = batch_loss(trained.model, batch, batch.num_target_tokens, num_datasets)
+            loss = trained.call(batch_loss, batch, batch.num_target_tokens, num_datasets)
             loss.loss.backward()  # type: ignore[no-untyped-call]
-        gradients = [p.grad for p in optimizer.parameters if p.grad is not None]
-        guilty.append(not all(bool(gradient.isfinite().all()) for gradient in gradients))
+        guilty.append(optimizer.first_not_finite() is not None)
         seen.append(bool(own))
     return guilty if any(guilty) else seen
 
@@ -127,11 +142,13 @@ def _backward(
     all_tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     losses = torch.zeros(num_datasets, dtype=torch.float64)
     tokens = torch.zeros(num_datasets, dtype=torch.int64)
-    for batch in ranks.share(batches):
+    shards = trained.shards
+    own = ranks.share(batches) if shards is None else shards.batches_of_rank(batches)
+    for batch in own:
         # a router's loss is a mean over tokens: a micro-batch counts by its share of them
         share = int(batch.attention_mask.sum()) / all_tokens
         factor = trained.router_factor * share
-        loss = batch_loss(trained.model, batch, targets, num_datasets, factor)
+        loss = trained.call(batch_loss, batch, targets, num_datasets, factor)
         optimizer.backward(loss.loss, rate)
         losses += loss.dataset_losses
         tokens += loss.dataset_tokens

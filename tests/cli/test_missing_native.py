@@ -15,8 +15,8 @@ def without_native(monkeypatch):
     dispatch._log_fallback.cache_clear()
     yield
     dispatch._log_fallback.cache_clear()
-    for added in list(dispatch.logger.filters):
-        dispatch.logger.removeFilter(added)
+    for added in list(dispatch.logger().filters):
+        dispatch.logger().removeFilter(added)
 
 
 def test_a_merge_says_it_in_one_line_and_works(call, without_native, tiny_model, tmp_path, caplog):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,30 @@ def test_axolotl_alone_refuses_a_misspelt_key_of_ours(axolotl_config, environmen
         check=False,
     )
     assert process.returncode and "merit_optimiser: unknown key" in process.stderr
+
+
+def test_axolotl_runs_our_commands_as_its_own(environment, tmp_path, monkeypatch):
+    """The entry point is read from pyproject.toml, as an install writes it."""
+    python = interpreter("axolotl")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folder = tmp_path / "merit_fast-99.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: merit_fast\nVersion: 99\n")
+    points = project["entry-points"]["axolotl.cli_commands"]
+    lines = [f"{name} = {target}\n" for name, target in points.items()]
+    (folder / "entry_points.txt").write_text("[axolotl.cli_commands]\n" + "".join(lines))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+
+    def axolotl(*words):
+        command = [python, "-m", "axolotl.cli.main", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    assert "merit-fast" in axolotl("--help").stdout
+    version = axolotl("merit-fast", "--version")
+    assert version.returncode == 0 and "merit-fast 0." in version.stdout
+    refused = axolotl("merit-fast", "merge", tmp_path / "out", "--model", tmp_path / "absent")
+    assert refused.returncode == 2 and "absent" in refused.stderr
+    assert "--weights" in axolotl("merit-fast", "merge", "--help").stdout
 
 
 def test_llamafactory_trains_branches_and_counts_by_the_launcher(

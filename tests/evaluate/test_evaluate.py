@@ -17,8 +17,9 @@ from merit_fast.data import (
 )
 from merit_fast.data.template import prompt_ids
 from merit_fast.errors import InputError
-from merit_fast.evaluate import EvaluateConfig, evaluate_arms
+from merit_fast.evaluate import EvaluateConfig
 from merit_fast.evaluate.losses import can_share, dataset_results, mean_loss, score_rows
+from merit_fast.evaluate.models import EvaluationInputs
 from merit_fast.evaluate.prefixes import Prefixes, shared_length
 from merit_fast.evaluate.retention import (
     PROMPTS,
@@ -26,10 +27,8 @@ from merit_fast.evaluate.retention import (
     greedy_answers,
     text_windows,
 )
-from merit_fast.evaluate.stage import EvaluatedModels
 from merit_fast.evaluate.weights import Interpolation, displacement
 from merit_fast.model import load_model
-from merit_fast.progress import SilentProgress
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +264,5 @@ def test_mean_loss_weighs_tokens(model, datasets):
 
 
 def test_a_mixture_without_held_out_rows_is_bad_input(tiny_model, tokenizer, tmp_path):
-    candidates = EvaluatedModels(tiny_model, {}, {}, {})
     with pytest.raises(InputError, match="no dataset of the mixture has held-out rows"):
-        evaluate_arms(candidates, [], tokenizer, 1, EvaluateConfig(), tmp_path, SilentProgress())
+        EvaluationInputs([], tokenizer, 1, EvaluateConfig())

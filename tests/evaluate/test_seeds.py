@@ -9,7 +9,7 @@ from support.tiny import make_model
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
 from merit_fast.evaluate import EvaluateConfig, evaluate_arms, stage
-from merit_fast.evaluate.stage import EvaluatedModels, MergedArm
+from merit_fast.evaluate.models import EvaluatedModels, EvaluationInputs, MergedArm
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.progress import SilentProgress
@@ -71,14 +71,15 @@ def models(tmp_path_factory, tiny_model):
 def inputs(tiny_model, tiny_mixture):
     tokenizer = load_tokenizer(str(tiny_model))
     configs = [DatasetConfig(**entry) for entry in tiny_mixture]
-    return load_mixture(configs, tokenizer, DataConfig(), part="eval"), tokenizer, 1
+    rows = load_mixture(configs, tokenizer, DataConfig(), part="eval")
+    return EvaluationInputs(rows, tokenizer, 1, CONFIG)
 
 
 @pytest.fixture(scope="module")
 def evaluated(models, inputs, tmp_path_factory):
     directory = tmp_path_factory.mktemp("evaluate")
     progress = Counting()
-    return evaluate_arms(models, *inputs, CONFIG, directory, progress), directory, progress
+    return evaluate_arms(models, inputs, directory, progress), directory, progress
 
 
 def result_of(directory, name):
@@ -149,9 +150,9 @@ def test_an_interrupted_evaluation_resumes_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(stage, "write_manifest", write)
         with pytest.raises(KeyboardInterrupt):
-            evaluate_arms(models, *inputs, CONFIG, tmp_path, SilentProgress())
+            evaluate_arms(models, inputs, tmp_path, SilentProgress())
     progress = Counting()
-    evaluate_arms(models, *inputs, CONFIG, tmp_path, progress)
+    evaluate_arms(models, inputs, tmp_path, progress)
     assert progress.done + progress.skipped == progress.total
     assert (progress.skipped > 0) == (stopped_at != "base")
     assert tree_bytes(tmp_path) == tree_bytes(evaluated[1])

@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import typing
-from dataclasses import dataclass
 from typing import Literal
 
 import pytest
@@ -22,6 +21,7 @@ from merit_fast.options.fields import option
 from merit_fast.options.keys import sections
 from merit_fast.options.parser import override, parse
 from merit_fast.pipeline.config import RunConfig, read_run_config
+from merit_fast.records import record
 
 
 @pytest.fixture
@@ -119,12 +119,12 @@ def test_the_settings_of_each_model_have_a_flag_of_their_own(help_of):
 
 
 # ---- flags of any config
-@dataclass(frozen=True)
+@record
 class Inner:
     weight: float = option(1.0, "a weight")
 
 
-@dataclass(frozen=True)
+@record
 class Config:
     count: int = option(3, "a number of things")
     rate: float | None = option(None, "a rate")

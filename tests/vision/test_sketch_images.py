@@ -79,7 +79,7 @@ def test_other_images_under_the_same_text_are_sketched_again(vision_folders, tmp
         earlier = tmp_path / str(number - 1) if number else None
         notes = Notes()
         arguments = (str(folder), "print", [Dataset("digits", rows)], 0, config, out, notes)
-        sketch_mixture(*arguments, earlier)
+        sketch_mixture(*arguments, [earlier])
         assert any("reused" in note for note in notes.notes) == (number == 1)
         bytes_of.append((out / "digits.safetensors").read_bytes())
     assert bytes_of[0] == bytes_of[1] != bytes_of[2]

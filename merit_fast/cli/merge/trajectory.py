@@ -1,7 +1,6 @@
 """The command `merge --trajectory`: the average of one run's checkpoints."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from merit_fast.options.fields import REQUIRED, option, require
 from merit_fast.options.parser import override, parse
 from merit_fast.options.yaml import read_yaml
 from merit_fast.progress import Progress
+from merit_fast.records import field, record
 
 
-@dataclass(frozen=True)
+@record
 class TrajectoryFile:
     """A YAML file in place of a pattern."""
 

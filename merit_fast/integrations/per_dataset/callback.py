@@ -17,7 +17,11 @@ from merit_fast.errors import InputError, MeritFastError
 from merit_fast.integrations.per_dataset.checks import check_trainer
 from merit_fast.integrations.per_dataset.codes import take_datasets
 from merit_fast.integrations.per_dataset.loaders import wrap_loaders
-from merit_fast.integrations.per_dataset.losses import TokenWatch, shifted_labels
+from merit_fast.integrations.per_dataset.losses import (
+    TokenWatch,
+    called_model,
+    shifted_labels,
+)
 from merit_fast.integrations.per_dataset.outputs import write_outputs
 from merit_fast.integrations.per_dataset.run_sketches import RunSketches
 from merit_fast.integrations.per_dataset.sums import (
@@ -71,9 +75,9 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
         counts: sums per dataset of this rank, over the whole training.
 
     Raises:
-        InputError: rows without the column, a start that is no model, ``torch_compile``, context,
-            sequence or tensor parallelism, DataParallel. Raised by ``attach`` or with the first
-            batch.
+        InputError: rows without the column, a start that is no model, context, sequence or tensor
+            parallelism, DataParallel, a trainer of TRL but SFTTrainer. Raised by ``attach`` or with
+            the first batch.
     """
 
     def __init__(
@@ -135,7 +139,7 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
             labels = shifted_labels(inputs)
             self._sketches.see(self._micro_batches, inputs, datasets)
             self._micro_batches += 1
-            with self._watch.watching(trainer.model, labels):
+            with self._watch.watching(called_model(trainer.model, model), labels):
                 loss = plain_step(model, inputs, *args, **kwargs)
             sums = batch_sums(datasets, labels, self._watch.values())
             add_sums(self.counts, sums)
@@ -147,7 +151,7 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
             if datasets is None:
                 return plain_prediction(model, inputs, *args, **kwargs)
             labels = shifted_labels(inputs)
-            with self._watch.watching(trainer.model, labels):
+            with self._watch.watching(called_model(trainer.model, model), labels):
                 result = plain_prediction(model, inputs, *args, **kwargs)
             add_sums(self._evaluated, batch_sums(datasets, labels, self._watch.values()))
             return result

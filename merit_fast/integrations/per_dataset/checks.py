@@ -10,7 +10,8 @@ def check_trainer(trainer: Any, column: str, sketches: bool) -> None:
     """Checks what can be known before the first batch.
 
     Raises:
-        InputError: the Trainer trains in a way that hides datasets, token losses or gradients.
+        InputError: the Trainer trains in a way that hides datasets, token losses or gradients, or
+            by another loss.
     """
     args = trainer.args
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
@@ -22,7 +23,6 @@ def check_trainer(trainer: Any, column: str, sketches: bool) -> None:
         "DataParallel (several GPUs in one process)": args.n_gpu > 1,
         "context or sequence parallelism": cuts_rows,
         "tensor parallelism": parallel is not None and parallel.tp_enabled,
-        "torch_compile, which hides the forward pass": args.torch_compile,
         "batches dispatched to several processes "
         "(accelerator_config.dispatch_batches must be false)": args.world_size > 1
         and is_dispatched,
@@ -36,6 +36,8 @@ def check_trainer(trainer: Any, column: str, sketches: bool) -> None:
                 getattr(args, "packing", False) and args.packing_strategy == "wrapped"
             ),
         }
+    if other := _trl_trainer_of_another_loss(trainer):
+        refused[f"TRL's {other}, whose loss is no sum over tokens; SFTTrainer's is"] = True
     for feature, is_used in refused.items():
         if is_used:
             raise InputError(f"MeritCallback: does not work with {feature}")
@@ -45,6 +47,12 @@ def check_trainer(trainer: Any, column: str, sketches: bool) -> None:
             hint = "; TRL's packing drops it: take merit_fast.integrations.trl.MeritSFTTrainer"
         names = ", ".join(trainer.train_dataset.column_names or ())
         raise InputError(f"train_dataset: {column}: is missing; columns: {names}{hint}")
+
+
+def _trl_trainer_of_another_loss(trainer: Any) -> str:
+    """Name of the TRL class that the trainer is, or comes from; "": SFTTrainer's or not TRL's."""
+    names = [cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")]
+    return "" if not names or "SFTTrainer" in names else names[0]
 
 
 def has_datasets(rows: Any, column: str) -> bool:

@@ -45,6 +45,20 @@ def shifted_labels(inputs: Mapping[str, Any]) -> Tensor:
     return torch.as_tensor(inputs["labels"])[..., 1:]
 
 
+def called_model(model: nn.Module, wrapped: nn.Module) -> nn.Module:
+    """The module whose hooks see a Trainer's forward passes.
+
+    It is the compiled module of ``torch_compile``: its own hooks run outside of what is compiled.
+    Otherwise it is the model itself, within DDP, FSDP and DeepSpeed.
+
+    Args:
+        model: the Trainer's model.
+        wrapped: the model as the Trainer calls it.
+    """
+    is_compiled = any("_orig_mod" in module._modules for module in wrapped.modules())
+    return wrapped if is_compiled else model
+
+
 class TokenWatch:
     """Reads the token losses of a model's forward passes within a with-block.
 

@@ -49,7 +49,7 @@ class _Operands:
 def use_head(trainer: Any) -> int:
     """Replaces TRL's fused head of a trainer's model and reference model by ours.
 
-        trainer = SFTTrainer(...)          # also DPOTrainer, GRPOTrainer
+        trainer = SFTTrainer(...)          # also DPO-, KTO-, GRPO- and RLOOTrainer
         use_head(trainer)                  # before train()
 
     Log-probabilities, entropies, top-1, losses and their gradients are those of TRL's head to
@@ -70,6 +70,7 @@ def use_head(trainer: Any) -> int:
         model = getattr(trainer, role, None)
         if model is None:
             continue
+        model = getattr(model, "_orig_mod", model)  # torch_compile has wrapped a reference model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         forward = base.__dict__.get("forward")
         if forward is None and role == "ref_model":  # deepspeed's wrapper, or precomputed

@@ -1,4 +1,4 @@
-"""Schemas of the JSON files in which stages meet: one dataclass for each file or section of one."""
+"""Schemas of the JSON files in which stages meet: one record for each file or section of one."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

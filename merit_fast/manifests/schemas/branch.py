@@ -1,12 +1,11 @@
 """Schema of branch.json."""
 
-from dataclasses import dataclass
-
 from merit_fast.manifests.schemas.version import SCHEMA_VERSION
 from merit_fast.options.fields import option
+from merit_fast.records import record
 
 
-@dataclass(frozen=True)
+@record
 class BranchManifest:
     """branch.json, written with a branch's weights.
 

@@ -1,11 +1,10 @@
 """Schemas of evaluate.json and audit.json."""
 
-from dataclasses import dataclass, field
-
 from merit_fast.manifests.schemas.version import SCHEMA_VERSION
+from merit_fast.records import field, record
 
 
-@dataclass(frozen=True)
+@record
 class DatasetResult:
     loss: float  # nats per target token
     exact_match: float  # share of rows whose every target token is the greedy choice
@@ -13,7 +12,7 @@ class DatasetResult:
     num_examples: int
 
 
-@dataclass(frozen=True)
+@record
 class ArmResult:
     """One model on the held-out rows, with the columns that show what it forgot (retention).
 
@@ -37,7 +36,7 @@ class ArmResult:
     errors: dict[str, float] = field(default_factory=dict)  # measure -> standard error over seeds
 
 
-@dataclass(frozen=True)
+@record
 class Comparison:
     """One arm minus another on one measure, paired by held-out row and by seed."""
 
@@ -51,7 +50,7 @@ class Comparison:
     num_seeds: int
 
 
-@dataclass(frozen=True)
+@record
 class Barrier:
     """Rise of the loss above a straight line, on the straight path between two branches."""
 
@@ -60,7 +59,7 @@ class Barrier:
     height: float  # nats per target token
 
 
-@dataclass(frozen=True)
+@record
 class MergeAudit:
     """One merge compared with the theory of its gain.
 
@@ -88,7 +87,7 @@ class MergeAudit:
         return abs(self.ratio - 1.0) <= 0.1
 
 
-@dataclass(frozen=True)
+@record
 class AuditManifest:
     """audit.json: every merged arm's audit."""
 
@@ -96,7 +95,7 @@ class AuditManifest:
     schema_version: int = SCHEMA_VERSION
 
 
-@dataclass(frozen=True)
+@record
 class MergingGain:
     """sum_k w_k L(theta_k) - L(theta_bar); L: held-out loss per target token of the mixture."""
 
@@ -106,7 +105,7 @@ class MergingGain:
     weights: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@record
 class EvaluateManifest:
     """evaluate.json: arm -> result; branch -> result; merged arm -> gain."""
 

@@ -1,12 +1,12 @@
 """Schema of split.json."""
 
 import functools
-from dataclasses import dataclass, field
 
 from merit_fast.manifests.schemas.version import SCHEMA_VERSION
+from merit_fast.records import field, record
 
 
-@dataclass(frozen=True)
+@record
 class GroupCount:
     """Separation of a split into ``groups`` groups.
 
@@ -24,7 +24,7 @@ class GroupCount:
     num_splits: int | None = None  # balanced splits, this one included; None: too many to count
 
 
-@dataclass(frozen=True)
+@record
 class TriedNumber:
     """Contrast of the pairs of datasets that a split parts with those that it keeps.
 
@@ -42,7 +42,7 @@ class TriedNumber:
     taken: bool = False  # whether this number qualified for groups auto
 
 
-@dataclass(frozen=True)
+@record
 class PartConflict:
     """Conflicts of N datasets in the gradients of one part of the model.
 
@@ -60,7 +60,7 @@ class PartConflict:
     sure_conflicts_across: int  # those of them whose datasets are in different groups
 
 
-@dataclass(frozen=True)
+@record
 class SplitDataset:
     """One dataset's row of split.json."""
 
@@ -85,7 +85,7 @@ class SplitDataset:
     weighting_cosine: float | None = None  # of the mean gradients by tokens and by examples
 
 
-@dataclass(frozen=True)
+@record
 class SharedRows:
     """Two datasets that share some of their sketched rows."""
 
@@ -94,7 +94,7 @@ class SharedRows:
     rows: int  # different rows that both have
 
 
-@dataclass(frozen=True)
+@record
 class SplitManifest:
     """split.json: the group of every dataset and the conflict geometry. N datasets, R axes."""
 

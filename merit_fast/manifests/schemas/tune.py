@@ -1,13 +1,12 @@
 """Schema of tune.json: the numbers of a merge that held-out rows chose."""
 
-from dataclasses import dataclass
-
 from merit_fast.manifests.schemas.version import SCHEMA_VERSION
+from merit_fast.records import record
 
 TUNE_FILE = "tune.json"
 
 
-@dataclass(frozen=True)
+@record
 class ScaleSearch:
     """Three losses, the minimum of the parabola through them, and the loss there."""
 
@@ -17,7 +16,7 @@ class ScaleSearch:
     minimum: float | None  # moved into the range allowed; None: the parabola has none
 
 
-@dataclass(frozen=True)
+@record
 class WeightSearch:
     """Losses around the start, the minimum of the quadratic through them, and the loss there."""
 
@@ -30,7 +29,7 @@ class WeightSearch:
     accepted: bool  # whether the loss at ``fitted`` is lower than at the start
 
 
-@dataclass(frozen=True)
+@record
 class TuneManifest:
     """tune.json, next to a merge's weights: the numbers that held-out rows chose, and the losses.
 

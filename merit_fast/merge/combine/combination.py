@@ -1,7 +1,6 @@
 """A merge's method applied to its models: coefficients or a delta rule for each tensor."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from merit_fast.errors import InputError
@@ -19,11 +18,12 @@ from merit_fast.merge.rules.function import FunctionRule, UserFunction
 from merit_fast.merge.rules.gram import Array
 from merit_fast.merge.rules.kinds import ElementByElement, FromGram, ThinnedDeltas, WeightedSum
 from merit_fast.merge.rules.values import Coefficients, MethodValues
+from merit_fast.records import record
 
 Rule = Coefficients | DeltaRule | ElementRule | VectorRule | FunctionRule
 
 
-@dataclass(frozen=True)
+@record
 class Combination:
     """The rule for every tensor. ``paths``: the models, then the base where it takes part.
 
@@ -134,7 +134,21 @@ def _weighted_sums(
         return (*of_models, of_base) if moves_base else tuple(of_models)
 
     takes_part = base is not None and (moves_base or config.stats)
-    return Combination((*models, base) if takes_part and base else tuple(models), coefficients)
+    paths = (*models, base) if takes_part and base else tuple(models)
+    rule = _asked_once(coefficients) if values.are_uniform else coefficients
+    return Combination(paths, rule)
+
+
+def _asked_once(rule: Callable[[TensorEntry], Coefficients]) -> Callable[[TensorEntry], Rule]:
+    """A rule that gives all tensors the same numbers; it computes them for the first tensor."""
+    known: list[Coefficients] = []
+
+    def same(entry: TensorEntry) -> Coefficients:
+        if not known:
+            known.append(rule(entry))
+        return known[0]
+
+    return same
 
 
 def _from_gram(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from merit_fast.manifests.schemas import BranchManifest
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.files import folder_of, read_json
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record
 
 Unit = Literal["tokens", "samples"]
 
@@ -20,7 +20,7 @@ STATE_FILE = "trainer_state.json"  # of transformers' Trainer
 EXPORT_FILE = "groups.json"  # of `merit-fast export`
 
 
-@dataclass(frozen=True)
+@record
 class Counts:
     """One count per model, [K], and their origin in one clause."""
 

@@ -1,7 +1,6 @@
 """One weight per model, from options and branch.json."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 from merit_fast.errors import InputError
@@ -9,6 +8,7 @@ from merit_fast.merge.combine.counts import BRANCH_FILE, Unit, has_branch, read_
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import replace
 
 Weights = Sequence[float] | Literal["auto", "tokens", "samples", "uniform"]
 

@@ -1,13 +1,14 @@
 """An adapter's changes of a tensor's values, in NumPy: the definition of each form of change."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, TypeAlias
 
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.read.entries import (
     Added,
@@ -21,9 +22,12 @@ from merit_fast.merge.read.entries import (
     TensorEntry,
 )
 
-Array = npt.NDArray[np.float64]
-Floats = npt.NDArray[np.float32]
-Values = Callable[[int, int], Array]  # (first, count) -> elements of a tensor
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
+Floats: TypeAlias = "npt.NDArray[np.float32]"
+Values: TypeAlias = "Callable[[int, int], Array]"  # (first, count) -> elements of a tensor
 _PIECE = 1 << 18  # elements that are widened at a time
 
 

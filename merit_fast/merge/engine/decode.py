@@ -1,18 +1,22 @@
 """Quantised tensors in NumPy: codes, scales and zero points become float64 values."""
 
-from functools import cache
+from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from functools import cache
+from typing import TYPE_CHECKING, TypeAlias
 
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.read.entries import DecodedEntry, Grid
 from merit_fast.merge.read.quantised.codes import CODES
 
-Array = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
+Integers: TypeAlias = "npt.NDArray[np.int64]"
 _WORD_BITS = 32  # packed zero points lie in words of this size
 
 

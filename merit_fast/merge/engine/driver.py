@@ -3,13 +3,12 @@
 Memory is threads x (K + 1) x chunk, whatever the model's size.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.kernels import dispatch
@@ -17,6 +16,7 @@ from merit_fast.kernels.average.deltas import SQUARES_CHUNK, DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.kernels.average.vectors import VectorRule
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.compiled import native
 from merit_fast.merge.engine.compiled.native import Advance
@@ -26,9 +26,10 @@ from merit_fast.merge.engine.opened import OpenFiles, open_files
 from merit_fast.merge.engine.plan import Rule, Segment, Shard
 from merit_fast.merge.engine.quantise.rounding import write_shard_roundings
 from merit_fast.merge.engine.values import Array, values
-from merit_fast.merge.read.entries import is_float, stored_entries, value_dtype
+from merit_fast.merge.read.entries import files_of, is_float, value_dtype
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule
+from merit_fast.records import replace
 
 GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
 
@@ -122,8 +123,7 @@ def merge_tensor(
 
 def input_files(segments: Iterable[Segment]) -> set[Location]:
     """Files that hold the inputs of segments."""
-    entries = (entry for segment in segments for entry in segment.inputs)
-    return {stored.file for entry in entries for stored in stored_entries(entry)}
+    return files_of(entry for segment in segments for entry in segment.inputs)
 
 
 def chunk_elements(segment: Segment, chunk_bytes: int) -> int:
@@ -199,9 +199,9 @@ class _Engine:
 
         return reference.run
 
-    def _pieces(self, batch: Sequence[Segment]) -> tuple[npt.NDArray[np.int64], Array]:
+    def _pieces(self, batch: Sequence[Segment]) -> tuple[Any, Any]:
         if not self.takes_gram:
-            return np.empty((0, 3), np.int64), np.empty((0, 0, 0))
+            return native.NO_PIECES, native.NO_GRAMS
         from merit_fast.merge.engine.geometry import cut_pieces
 
         pieces = cut_pieces(batch, self._step(batch[0]))

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,13 @@ from merit_fast.manifests.kept import record_of_file, write_record
 from merit_fast.manifests.schemas.version import SCHEMA_VERSION
 from merit_fast.merge.engine.plan import Segment, Shard
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record
 
 Array = npt.NDArray[np.float64]
 GEOMETRY_FILE = "geometry.json"
 
 
-@dataclass(frozen=True)
+@record
 class Geometry:
     """geometry.json. K branches, delta_k = theta_k - theta_0, all sums in float64.
 

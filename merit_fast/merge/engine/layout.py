@@ -4,7 +4,8 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
+from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
@@ -16,13 +17,14 @@ from merit_fast.merge.read.checkpoint import (
     Checkpoint,
 )
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_quantised, own_dtype
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     from merit_fast.merge.engine.quantise.encoding import Encoding
     from merit_fast.merge.engine.quantise.forms import Form, Forms
 
 
-@dataclass(frozen=True)
+@record(many=True)
 class OutputTensor:
     """One tensor of the output, and the input entries it is made of, in the order of the inputs."""
 
@@ -58,7 +60,7 @@ class OutputTensor:
         return own, StoredTensor(scale.scale_name, scale.scale_dtype, scale.scale_shape)
 
 
-@dataclass(frozen=True)
+@record(many=True)
 class StoredTensor:
     """One entry of a safetensors header."""
 
@@ -71,18 +73,28 @@ class StoredTensor:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True)
+@record
 class OutputFile:
     name: str
     tensors: tuple[OutputTensor, ...]
 
-    @property
+    @cached_property
     def stored(self) -> list[StoredTensor]:
         """Entries of the header by offset. With codes, wide dtypes come first: all are aligned."""
         entries = [stored for tensor in self.tensors for stored in tensor.stored]
         if any(tensor.is_quantised for tensor in self.tensors):
             entries.sort(key=lambda stored: -ITEM_BYTES[stored.dtype])
         return entries
+
+    @cached_property
+    def header(self) -> bytes:
+        """``header_of`` the tensors that the file stores."""
+        return header_of(self.stored)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(stored.num_bytes for stored in self.stored)
 
 
 def lay_out(
@@ -146,34 +158,34 @@ class _Dtypes:
         self.models = models
         self.base = base
         self.asked = asked
-        tensors = [entry for model in models for entry in model.tensors.values()]
-        self.common = {
-            own_dtype(entry) for entry in tensors if is_float(entry) and not is_quantised(entry)
-        }
 
-    def form(self, name: str, entries: Sequence[TensorEntry]) -> "Form | None":
-        """How a float tensor is quantised in the output; None if it is not."""
-        if self.forms is None:
-            return None
-        return self.forms.of(name, entries, self._own(name))
+    @cached_property
+    def _common(self) -> set[str]:
+        """Dtypes of all models' plain float tensors."""
+        tensors = [entry for model in self.models for entry in model.tensors.values()]
+        plain = (entry for entry in tensors if not is_quantised(entry))
+        return {own_dtype(entry) for entry in plain if is_float(entry)}
 
-    def _own(self, name: str) -> list[TensorEntry]:
-        """The models' tensors that are not the base's."""
-        listed = [model.tensors[name] for model in self.models if name in model.tensors]
-        return [entry for entry in listed if not self._is_of_base(entry)]
-
-    def of(self, name: str, entries: Sequence[TensorEntry]) -> str:
-        """The output's dtype of a float tensor that is made of these entries.
+    def form_and_dtype(
+        self, name: str, entries: Sequence[TensorEntry]
+    ) -> "tuple[Form | None, str]":
+        """A float tensor's quantised form in the output, None for a plain one, and its dtype.
 
         Raises:
             InputError: the models' own dtypes differ, or are 8-bit codes, and none is asked for.
         """
-        if self.asked:
-            return self.asked
-        is_listed = any(name in model.tensors for model in self.models)
-        own = self._own(name)
-        if not is_listed and len(self.common) == 1:
-            dtype = next(iter(self.common))
+        of_models = entries[: len(self.models)]
+        own = [entry for entry in of_models if not self._is_of_base(name, entry)]
+        form = self.forms.of(name, entries, own) if self.forms else None
+        if form is not None:
+            return form, form.dtype
+        return None, self.asked or self._of(name, entries, own)
+
+    def _of(self, name: str, entries: Sequence[TensorEntry], own: Sequence[TensorEntry]) -> str:
+        """The dtype of a plain float tensor. ``own``: the models' entries without the base's."""
+        is_listed = bool(own) or any(name in model.tensors for model in self.models)
+        if not is_listed and len(self._common) == 1:
+            dtype = next(iter(self._common))
         else:
             dtype = own_dtype((own or entries)[0])
         for other in own:
@@ -186,9 +198,9 @@ class _Dtypes:
             raise OptionError(rule, "dtype", "{} must choose the output's dtype")
         return dtype
 
-    def _is_of_base(self, entry: TensorEntry) -> bool:
-        """Whether a model takes the tensor from the base, as adapters do."""
-        start = self.base.tensors.get(entry.name) if self.base else None
+    def _is_of_base(self, name: str, entry: TensorEntry) -> bool:
+        """Whether a model takes the tensor from the base, as adapters do or where it lacks it."""
+        start = self.base.tensors.get(name) if self.base else None
         return start is not None and (start.file, start.offset) == (entry.file, entry.offset)
 
 
@@ -215,24 +227,19 @@ def index_text(
     )
 
 
-def header_bytes(file: OutputFile) -> bytes:
-    """``header_of`` the tensors that a file stores."""
-    return header_of(file.stored)
-
-
 def header_of(tensors: Iterable[StoredTensor]) -> bytes:
     """Length and JSON of a safetensors header, padded to a multiple of 8."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    members = ['"__metadata__":{"format":"pt"}']
     start = 0
-    for tensor in tensors:
+    for tensor in tensors:  # written by hand, since there are many and all are alike
         end = start + tensor.num_bytes
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        shape = ",".join(map(str, tensor.shape))
+        members.append(
+            f'{encode_basestring_ascii(tensor.name)}:{{"dtype":"{tensor.dtype}",'
+            f'"shape":[{shape}],"data_offsets":[{start},{end}]}}'
+        )
         start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = f"{{{','.join(members)}}}".encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
@@ -241,13 +248,13 @@ def _entries(
     name: str, checkpoints: Sequence[Checkpoint], base: Checkpoint | None, missing: str
 ) -> tuple[TensorEntry, ...]:
     """The inputs' entries of a tensor; () if it is dropped."""
-    chosen = []
+    chosen: list[TensorEntry] = []
     for checkpoint in checkpoints:
         entry = checkpoint.tensors.get(name)
-        if entry is None and missing == "base" and base is not None:
-            entry = base.tensors[name]
         if entry is None and missing == "drop":
             return ()
+        if entry is None and missing == "base" and base is not None:
+            entry = base.tensors[name]
         if entry is None:
             where = checkpoint.path / INDEX_FILE
             where = where if where.exists() else checkpoint.path / SINGLE_FILE
@@ -256,25 +263,22 @@ def _entries(
     return tuple(chosen)
 
 
-def _tensor(name: str, entries: Sequence[TensorEntry], dtypes: _Dtypes) -> OutputTensor:
+def _tensor(name: str, entries: tuple[TensorEntry, ...], dtypes: _Dtypes) -> OutputTensor:
     first = entries[0]
     for other in entries[1:]:
-        both_float = is_float(first) and is_float(other)
-        for rule, mine, theirs in (
-            ("shape", first.shape, other.shape),
-            ("dtype", first.dtype, other.dtype),
-        ):
-            if mine != theirs and not (rule == "dtype" and both_float):
-                raise InputError(
-                    f"{other.file}: {name}: {rule} must be {_text(mine)} as in {first.file}, got "
-                    f"{_text(theirs)}"
-                )
-    form = dtypes.form(name, entries) if is_float(first) else None
+        rule = ""
+        if other.shape != first.shape:
+            rule = f"shape must be {list(first.shape)} as in {first.file}, got {list(other.shape)}"
+        elif other.dtype != first.dtype and not (is_float(first) and is_float(other)):
+            rule = f"dtype must be {first.dtype} as in {first.file}, got {other.dtype}"
+        if rule:
+            raise InputError(f"{other.file}: {name}: {rule}")
+    if not is_float(first):
+        return OutputTensor(name, first.dtype, first.shape, entries)
+    form, dtype = dtypes.form_and_dtype(name, entries)
     if form is not None:
-        inputs = tuple(entries)
-        return OutputTensor(name, form.dtype, first.shape, inputs, form.encoding, form.copied)
-    dtype = dtypes.of(name, entries) if is_float(first) else first.dtype
-    return OutputTensor(name, dtype, first.shape, tuple(entries))
+        return OutputTensor(name, dtype, first.shape, entries, form.encoding, form.copied)
+    return OutputTensor(name, dtype, first.shape, entries)
 
 
 def cut_files(tensors: Sequence[OutputTensor], shard_bytes: int) -> tuple[OutputFile, ...]:
@@ -294,7 +298,3 @@ def cut_files(tensors: Sequence[OutputTensor], shard_bytes: int) -> tuple[Output
         OutputFile(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group))
         for i, group in enumerate(groups, 1)
     )
-
-
-def _text(value: object) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)

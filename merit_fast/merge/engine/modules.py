@@ -1,7 +1,6 @@
 """A merge of some towers of a model: each tower by models and numbers of its own, others copied."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import SHORT_NAMES
@@ -20,9 +19,10 @@ from merit_fast.merge.read.remote import Location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.rules.values import Coefficients
 from merit_fast.merge.sizes import parse_bytes
+from merit_fast.records import record, replace
 
 
-@dataclass(frozen=True)
+@record
 class Module:
     """One tower's merge: as the arguments of ``read_inputs``. ``name``: see ``names.towers``."""
 

@@ -1,17 +1,17 @@
 """Open files of a running merge: descriptors or URLs for the engine, checked reads for Python."""
 
-import ctypes
+from __future__ import annotations
+
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, ITEM_BYTES
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.remote import Location, RemotePath
 
@@ -61,7 +61,7 @@ class OpenFiles:
     def write(self, data: bytes, at: int) -> None:
         """Writes bytes at an offset of the output, or at an address if no output is open."""
         if self.output < 0:
-            ctypes.memmove(at, data, len(data))
+            _fill(at, data)
         else:
             os.pwrite(self.output, data, at)
 
@@ -80,8 +80,15 @@ class OpenFiles:
             return errno.EIO
         if len(data) != num_bytes:
             return errno.ENODATA
-        ctypes.memmove(address, data, num_bytes)
+        _fill(address, data)
         return 0
+
+
+def _fill(address: int, data: bytes) -> None:
+    """Copies bytes to an address; a merge of local files into files needs no ctypes."""
+    import ctypes
+
+    ctypes.memmove(address, data, len(data))
 
 
 @contextmanager

@@ -1,18 +1,17 @@
 """The output's files as runs of elements, neighbouring tensors joined. Reads no data."""
 
 import bisect
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.kernels.average.vectors import VectorRule
-from merit_fast.merge.engine.layout import OutputFile, OutputTensor, header_bytes
+from merit_fast.merge.engine.layout import OutputFile, OutputTensor
 from merit_fast.merge.read.entries import TensorEntry, is_float, is_plain
 from merit_fast.merge.rules.function import FunctionRule
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     from merit_fast.merge.engine.quantise.encoding import Encoding
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 Rule = tuple[float, ...] | DeltaRule | ElementRule | VectorRule | FunctionRule
 
 
-@dataclass(frozen=True)
+@record(many=True)
 class Segment:
     """A run of elements that is contiguous in every input and in the output. Offsets in bytes."""
 
@@ -56,7 +55,7 @@ class Frame(Protocol):
         """Writes what follows from the values, such as checksums."""
 
 
-@dataclass(frozen=True)
+@record
 class Shard:
     """One output file: header, size, merged segments and tensors that are copied."""
 
@@ -72,7 +71,7 @@ class Shard:
         return sum(segment.num_elements for segment in self.segments)
 
 
-@dataclass(frozen=True)
+@record
 class Plan:
     """The output's tensors and files. ``before``: a plan whose files these are made of."""
 
@@ -115,26 +114,31 @@ def plan_alone(plan: Plan) -> dict[str, Segment]:
 
 
 def _plan_shard(file: OutputFile, rule: Callable[[TensorEntry], Rule]) -> Shard:
-    header = header_bytes(file)
     offsets: dict[str, int] = {}
-    end = len(header)
+    end = len(file.header)
     for stored in file.stored:
         offsets[stored.name] = end
         end += stored.num_bytes
     segments: list[Segment] = []
     copies: list[Segment] = []
+    run: _Run | None = None
     for tensor in file.tensors:
         if tensor.copied:
             copies += [_copy(name, offsets[name], part) for name, part in tensor.copied]
-        elif tensor.encoding and tensor.num_elements:
-            segment = _segment(tensor, offsets[tensor.name], rule(named_entry(tensor)))
-            scale_offset = offsets[tensor.encoding.scale_name]
-            segments.append(replace(segment, encoding=tensor.encoding, scale_offset=scale_offset))
-        elif tensor.num_elements and is_float(tensor.inputs[0]):
-            segments.append(_segment(tensor, offsets[tensor.name], rule(named_entry(tensor))))
-        elif tensor.num_elements:
-            copies.append(_segment(tensor, offsets[tensor.name]))
-    return Shard(file.name, header, end, tuple(_coalesce(segments)), tuple(copies))
+            continue
+        if not tensor.num_elements:
+            continue
+        offset = offsets[tensor.name]
+        if not is_float(tensor.inputs[0]):
+            copies.append(_segment(tensor, offset))
+            continue
+        own = rule(named_entry(tensor))
+        if run is None or not run.is_followed_by(tensor, offset, own):
+            segments += [run.segment(offsets)] if run else []
+            run = _Run(tensor, offset, own)
+        run.add(tensor)
+    segments += [run.segment(offsets)] if run else []
+    return Shard(file.name, file.header, end, tuple(segments), tuple(copies))
 
 
 def _copy(name: str, offset: int, part: TensorEntry) -> Segment:
@@ -144,6 +148,8 @@ def _copy(name: str, offset: int, part: TensorEntry) -> Segment:
 def named_entry(tensor: OutputTensor) -> TensorEntry:
     """The tensor's entry in the first input, under the output's name."""
     entry = tensor.inputs[0]
+    if type(entry) is TensorEntry and entry.name == tensor.name:
+        return entry
     return TensorEntry(
         tensor.name, entry.dtype, entry.shape, entry.file, entry.offset, entry.num_bytes
     )
@@ -155,41 +161,56 @@ def _segment(tensor: OutputTensor, offset: int, rule: Rule = ()) -> Segment:
     )
 
 
-def _coalesce(segments: Sequence[Segment]) -> list[Segment]:
-    """Joins neighbours that follow each other without a gap in the output and in every input."""
-    runs: list[list[Segment]] = []
-    elements = 0  # of the last run
-    for segment in segments:
-        if runs and _follows(runs[-1][0], elements, segment):
-            runs[-1].append(segment)
-        else:
-            runs.append([segment])
-            elements = 0
-        elements += segment.num_elements
-    return [_joined(run) for run in runs]
+class _Run:
+    """Neighbours that follow each other without a gap in the output and in every input."""
 
+    def __init__(self, first: OutputTensor, offset: int, rule: Rule) -> None:
+        self._first = first
+        self._offset = offset
+        self._rule = rule
+        self._names: list[str] = []
+        self._ends: list[int] = []
+        self._elements = 0
+        # Every rule but a sum is for one whole tensor, and so is every other form of an input.
+        is_sum = isinstance(rule, tuple) and first.encoding is None
+        self._is_open = is_sum and all(map(is_plain, first.inputs))
 
-def _joined(run: Sequence[Segment]) -> Segment:
-    names = tuple(name for segment in run for name in segment.names)
-    ends = itertools.accumulate(segment.num_elements for segment in run)
-    return replace(run[0], names=names, ends=tuple(ends))
+    def add(self, tensor: OutputTensor) -> None:
+        self._elements += tensor.num_elements
+        self._names.append(tensor.name)
+        self._ends.append(self._elements)
 
-
-def _follows(first: Segment, elements: int, segment: Segment) -> bool:
-    """Whether a segment follows the run that ``first`` opens and that holds ``elements``."""
-    is_sum = isinstance(first.rule, tuple)  # every other rule is for one whole tensor
-    if first.encoding or segment.encoding or not is_sum:
-        return False
-    if first.rule != segment.rule or first.dtype != segment.dtype:
-        return False
-    if first.output_offset + elements * ITEM_BYTES[first.dtype] != segment.output_offset:
-        return False
-    if len(first.inputs) != len(segment.inputs):
-        return False
-    for mine, theirs in zip(first.inputs, segment.inputs, strict=True):
-        same_run = mine.dtype == theirs.dtype and mine.file == theirs.file
-        if not same_run or not is_plain(mine) or not is_plain(theirs):
+    def is_followed_by(self, tensor: OutputTensor, offset: int, rule: Rule) -> bool:
+        """Whether a tensor at this offset of the output, of this rule, can join the run."""
+        first = self._first
+        if not self._is_open or tensor.encoding or tensor.dtype != first.dtype:
             return False
-        if mine.offset + elements * ITEM_BYTES[mine.dtype] != theirs.offset:
+        if rule is not self._rule and rule != self._rule:
             return False
-    return True
+        if self._offset + self._elements * ITEM_BYTES[first.dtype] != offset:
+            return False
+        if len(first.inputs) != len(tensor.inputs):
+            return False
+        return all(map(self._is_next, first.inputs, tensor.inputs))
+
+    def _is_next(self, mine: TensorEntry, theirs: TensorEntry) -> bool:
+        if mine.dtype != theirs.dtype or not is_plain(theirs):
+            return False
+        if mine.offset + self._elements * ITEM_BYTES[mine.dtype] != theirs.offset:
+            return False
+        return mine.file is theirs.file or mine.file == theirs.file
+
+    def segment(self, offsets: Mapping[str, int]) -> Segment:
+        """The run as one segment. ``offsets``: of all stored tensors in the output."""
+        first = self._first
+        scale_offset = offsets[first.encoding.scale_name] if first.encoding else 0
+        return Segment(
+            tuple(self._names),
+            tuple(self._ends),
+            first.dtype,
+            self._offset,
+            first.inputs,
+            self._rule,
+            first.encoding,
+            scale_offset,
+        )

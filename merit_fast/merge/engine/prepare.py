@@ -1,17 +1,18 @@
 """Decisions before a merge writes: checked headers, the method's rules, the plan."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import SHORT_NAMES
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.combine.combination import Combination, combine
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.driver import gram_shard
-from merit_fast.merge.engine.layout import OutputFile, lay_out
+from merit_fast.merge.engine.layout import OutputFile, OutputTensor, lay_out
 from merit_fast.merge.engine.notes.absence import absence_notes, left_out_notes
 from merit_fast.merge.engine.notes.counters import counter_notes
 from merit_fast.merge.engine.notes.dtypes import words_of_entries, words_of_output
@@ -23,7 +24,7 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import check_configs, list_companions
 from merit_fast.merge.read.dcp.opening import check_names, companions_of
 from merit_fast.merge.read.decoded import read_input
-from merit_fast.merge.read.entries import TensorEntry, stored_entries
+from merit_fast.merge.read.entries import TensorEntry, files_of
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.names.common import in_common_names
 from merit_fast.merge.read.remote import Location, as_location
@@ -32,13 +33,14 @@ from merit_fast.merge.sizes import parse_bytes
 from merit_fast.merge.vocabulary.match import OutputVocabulary, match_vocabularies
 from merit_fast.merge.vocabulary.templates import checked_template
 from merit_fast.progress import Progress
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     from merit_fast.merge.engine.values import Array
     from merit_fast.merge.read.names.towers import Tower
 
 
-@dataclass(frozen=True)
+@record
 class Inputs:
     """Checked headers of a merge. ``companions``: the directory that gives config and tokenizer."""
 
@@ -61,33 +63,29 @@ class Inputs:
 
     def files_read(self) -> set[str]:
         """Names of the files next to the companions whose tensors are read."""
-        return {file.name for file in self.stored_files() if file.parent == self.companions}
+        return {file.name for file in self.stored_files if file.parent == self.companions}
 
-    @property
+    @cached_property
     def bytes_read(self) -> int:
         """Bytes read by one pass over all inputs."""
-        return sum(
-            entry.num_bytes
-            for file in self.files
-            for tensor in file.tensors
-            for entry in tensor.inputs
-        )
+        return sum(entry.num_bytes for tensor in self._tensors for entry in tensor.inputs)
 
-    def stored_files(self) -> set[Location]:
+    @cached_property
+    def stored_files(self) -> frozenset[Location]:
         """Every input file that holds a byte of the output's tensors."""
-        entries = (
-            entry for file in self.files for tensor in file.tensors for entry in tensor.inputs
-        )
-        files = {stored.file for entry in entries for stored in stored_entries(entry)}
-        if self.vocabulary and self.vocabulary.made:
-            files.discard(self.vocabulary.made.file)  # temporary, and made of the others
-        return files
+        made = self.vocabulary.made if self.vocabulary else None
+        temporary = {made.file} if made else set()  # made of the others
+        entries = (entry for tensor in self._tensors for entry in tensor.inputs)
+        return frozenset(files_of(entries) - temporary)
 
     @property
+    def _tensors(self) -> Iterator[OutputTensor]:
+        return (tensor for file in self.files for tensor in file.tensors)
+
+    @cached_property
     def dtypes(self) -> str:
         """The output's float dtypes in words such as "bf16", most common first."""
-        tensors = [tensor for file in self.files for tensor in file.tensors]
-        return words_of_output(tensors)
+        return words_of_output(list(self._tensors))
 
 
 def read_inputs(
@@ -97,7 +95,7 @@ def read_inputs(
     config: MergeConfig,
     slices: Sequence[Slice] = (),
     companions: Location | None = None,
-    tower: "Tower | None" = None,
+    tower: Tower | None = None,
     to_memory: bool = False,
 ) -> Inputs:
     """Reads and checks all headers and configs; no data.
@@ -153,7 +151,7 @@ def read_inputs(
     )
 
 
-@dataclass(frozen=True)
+@record
 class _Matched:
     """Models whose tensors have common names and, for each token, a common row."""
 
@@ -185,7 +183,7 @@ def _match(
     base: Location | None,
     config: MergeConfig,
     companions: Location | None,
-    tower: "Tower | None",
+    tower: Tower | None,
     *,
     any_depth: bool,
 ) -> _Matched:

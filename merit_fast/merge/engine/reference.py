@@ -3,6 +3,9 @@
 Sums go chunk by chunk; a tensor with a rule for its deltas is held whole.
 """
 
+from __future__ import annotations
+
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,19 +33,19 @@ def run(
     pieces: npt.NDArray[np.int64],
     grams: npt.NDArray[np.float64],
     from_base: bool,
-    elements_done: npt.NDArray[np.int64],
+    elements_done: array[int],
 ) -> None:
     """Runs one batch of segments and takes the Gram matrices of its pieces."""
     for segment in batch:
         if isinstance(segment.rule, DeltaRule):
             _mix(segment, segment.rule, config, files)
-            elements_done += segment.num_elements
+            elements_done[0] += segment.num_elements
         elif isinstance(segment.rule, (ElementRule, VectorRule)):
             _mix_whole(segment, segment.rule, config, files)
-            elements_done += segment.num_elements
+            elements_done[0] += segment.num_elements
         elif isinstance(segment.rule, FunctionRule):
             _call(segment, segment.rule, config, files)
-            elements_done += segment.num_elements
+            elements_done[0] += segment.num_elements
         elif segment.rule:
             _sum(segment, segment.rule, config, files, step, elements_done)
     branches = grams.shape[1]
@@ -70,7 +73,7 @@ def _sum(
     config: MergeConfig,
     files: OpenFiles,
     step: int,
-    elements_done: npt.NDArray[np.int64],
+    elements_done: array[int],
 ) -> None:
     for first in range(0, segment.num_elements, step):
         count = min(step, segment.num_elements - first)
@@ -85,7 +88,7 @@ def _sum(
             config.allow_nonfinite or bool(finite(out, segment.dtype).all()),
             files,
         )
-        elements_done += count
+        elements_done[0] += count
 
 
 def _mix(segment: Segment, rule: DeltaRule, config: MergeConfig, files: OpenFiles) -> None:

@@ -1,13 +1,13 @@
 """An input's values in NumPy, as the engine makes them, and errors about non-finite ones."""
 
-import math
-from dataclasses import replace
+from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+import math
+from typing import TYPE_CHECKING, TypeAlias
 
 from merit_fast.kernels.average._eager import to_float64
 from merit_fast.kernels.average.dtypes import DTYPES
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.engine.changes import apply_change
 from merit_fast.merge.engine.decode import decoded
 from merit_fast.merge.engine.opened import OpenFiles
@@ -20,8 +20,12 @@ from merit_fast.merge.read.entries import (
     Part,
     TensorEntry,
 )
+from merit_fast.records import replace
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[np.float64]"
 
 
 def values(entry: TensorEntry, first: int, count: int, files: OpenFiles) -> tuple[np.ndarray, str]:

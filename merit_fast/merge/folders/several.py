@@ -5,7 +5,6 @@ Parts are merged one by one with the same method into one output directory.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,13 @@ from merit_fast.merge.write.card import CARD_FILE
 from merit_fast.merge.write.finished import is_up_to_date
 from merit_fast.merge.write.same import check_unchanged
 from merit_fast.progress import Progress
+from merit_fast.records import record, replace
 
 _SUMS = ("shards", "tensors", "parameters", "bytes_in", "bytes_out")
 _OF_ONE_MODEL = ("shard_size", "stats", "checksum")
 
 
-@dataclass(frozen=True)
+@record
 class FolderMerge:
     """A checked merge of folders. ``giver``: the first model, whose other files are copied."""
 

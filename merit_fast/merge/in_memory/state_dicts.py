@@ -1,7 +1,6 @@
 """Merging state dicts that are in memory already. torch is imported when a function is called."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from merit_fast.merge.option_names import OptionError, options_named
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.rules.function import FunctionRule, UserFunction
 from merit_fast.merge.rules.kinds import WeightedSum
+from merit_fast.records import fields
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,6 @@ tuned - base ≈ B A, B [out, r], A [r, in], by the largest singular values
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,13 @@ from merit_fast.merge.write.fingerprints import input_fingerprints
 from merit_fast.merge.write.places import check_paths
 from merit_fast.options.fields import require
 from merit_fast.progress import Progress
+from merit_fast.records import record
 
 _DTYPE = "F32"
 _RUN = 1 << 20  # elements of a whole tensor that are copied at a time
 
 
-@dataclass(frozen=True)
+@record
 class ExtractConfig:
     """Options of ``extract_lora``: a rank, or the share of each squared norm to keep."""
 

@@ -7,7 +7,6 @@ A module that an adapter lacks counts as unchanged there.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,12 +38,13 @@ from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.write.fingerprints import input_fingerprints
 from merit_fast.progress import Progress
+from merit_fast.records import record
 
 METHODS = ("linear", "task_arithmetic")
 _TARGET = tuple[str, int]  # a module, and how many LoRA layers wrap the layer there
 
 
-@dataclass(frozen=True)
+@record
 class Term:
     """One adapter's product in a joined layer."""
 
@@ -52,7 +52,7 @@ class Term:
     factor: float  # the adapter's coefficient times the layer's scaling
 
 
-@dataclass(frozen=True)
+@record
 class JoinedLayer:
     """A layer of the output: a sum of products, of this rank and scaling."""
 

@@ -1,7 +1,6 @@
 """A base and its fine-tune in the names that their parameters have in memory, which are PEFT's."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from merit_fast.errors import InputError
@@ -20,9 +19,10 @@ from merit_fast.merge.read.files import read_json
 from merit_fast.merge.read.names.matching import match_names
 from merit_fast.merge.read.names.modules import module_names
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record
 
 
-@dataclass(frozen=True)
+@record
 class Pair:
     """Two models' float tensors by name in memory: (the base's, the fine-tune's)."""
 

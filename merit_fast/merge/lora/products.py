@@ -1,7 +1,6 @@
 """The low-rank products of an adapter's layers, alike for linear layers, kernels and experts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +9,12 @@ from merit_fast.errors import InputError
 from merit_fast.merge.engine.changes import floats
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.read.adapters.keys import Layer
+from merit_fast.records import record
 
 Array = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@record
 class Form:
     """What a layer's factors look like, whatever their rank."""
 

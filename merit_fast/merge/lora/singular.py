@@ -1,10 +1,11 @@
 """Truncated singular value decompositions of low-rank products and of whole matrices."""
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from merit_fast.records import record
 
 Array = npt.NDArray[np.float64]
 _OVERSAMPLING = 10  # further directions of a random range finder
@@ -13,7 +14,7 @@ _EXACT_SIDE = 256  # matrices with a shorter side up to this are decomposed whol
 _DENSE_SHARE = 4  # so are those of which more than a quarter of the directions are asked for
 
 
-@dataclass(frozen=True)
+@record
 class Cut:
     """left [out, r] @ right [r, in], and the squared Frobenius norms of matrix and remainder."""
 

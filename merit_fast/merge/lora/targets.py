@@ -1,13 +1,13 @@
 """Which form of an adapter holds each changed tensor of a fine-tune."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 from merit_fast.merge.read.adapters.experts import PARAMETER_ORDER, TRANSPOSED_MODELS
 from merit_fast.merge.read.adapters.tied import is_head
 from merit_fast.merge.read.companions import is_embedding
 from merit_fast.merge.read.entries import TensorEntry
+from merit_fast.records import record
 
 Kind = Literal["matrix", "parameter", "whole", "bias", "left out"]
 # Models with layers that store [in, out] (transformers' Conv1D), and the names of those layers.
@@ -16,7 +16,7 @@ TURNED_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 _ROUTERS = ("gate", "router")
 
 
-@dataclass(frozen=True)
+@record
 class Target:
     """A changed tensor. ``transposed``: its matrices are stored as [in, out]."""
 

@@ -5,7 +5,6 @@ No name in an index leads out of its directory.
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.entries import TensorEntry
@@ -22,11 +21,12 @@ from merit_fast.merge.read.names.weight_files import INDEX_FILE as INDEX_FILE
 from merit_fast.merge.read.names.weight_files import SINGLE_FILE as SINGLE_FILE
 from merit_fast.merge.read.names.weight_files import weight_files
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import field, record, replace
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-@dataclass(frozen=True)
+@record
 class Checkpoint:
     """A model's directory or file: its tensors, and which file holds which, in file order.
 

@@ -2,7 +2,7 @@
 
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -194,11 +194,15 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 
 def find_head(tensors: Mapping[str, TensorEntry]) -> tuple[TensorEntry, TensorEntry] | None:
     """(input embedding, output head) of a model that holds one of each."""
-    embeddings = _ending(tensors, _EMBEDDINGS)
-    heads = _ending(tensors, _HEADS)
-    return (
-        (tensors[embeddings[0]], tensors[heads[0]]) if len(embeddings) == len(heads) == 1 else None
-    )
+    names = head_pair(tensors)
+    return (tensors[names[0]], tensors[names[1]]) if names else None
+
+
+def head_pair(names: Collection[str]) -> tuple[str, str] | None:
+    """Names of the input embedding and the output head, where there is one of each."""
+    embeddings = _ending(names, _EMBEDDINGS)
+    heads = _ending(names, _HEADS)
+    return (embeddings[0], heads[0]) if len(embeddings) == len(heads) == 1 else None
 
 
 def find_embedding(tensors: Mapping[str, TensorEntry]) -> TensorEntry | None:
@@ -263,11 +267,8 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _ending(tensors: Iterable[str], endings: Sequence[str]) -> list[str]:
-    return [
-        name
-        for name in tensors
-        if name in endings or name.endswith(tuple(f".{ending}" for ending in endings))
-    ]
+    tails = tuple(f".{ending}" for ending in endings)
+    return [name for name in tensors if name in endings or name.endswith(tails)]
 
 
 def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:

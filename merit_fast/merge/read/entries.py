@@ -6,16 +6,18 @@ Four forms, which nest: bytes of a file (``TensorEntry``), codes with scales in 
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record(many=True)
 class TensorEntry:
     """One tensor in a file. ``offset`` counts bytes from the start of ``file``."""
+
+    __slots__ = ("dtype", "file", "name", "num_bytes", "offset", "shape")
 
     name: str
     dtype: str
@@ -29,7 +31,7 @@ class TensorEntry:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True)
+@record
 class Grid:
     """Numbers for the blocks of a matrix, scales or zero points, decoded to float64.
 
@@ -49,7 +51,7 @@ class Grid:
     columns: TensorEntry | None = None  # [cols] int32 grid column of each column, by this order
 
 
-@dataclass(frozen=True)
+@record
 class DecodedEntry(TensorEntry):
     """A quantised tensor, decoded to float64 while it is read. No scales: all 1. No zeros: all 0.
 
@@ -72,7 +74,7 @@ class DecodedEntry(TensorEntry):
         return (*self.scales, *([self.zeros] if self.zeros else []))
 
 
-@dataclass(frozen=True)
+@record
 class Part:
     """A box of an assembled tensor, filled from another entry.
 
@@ -89,7 +91,7 @@ class Part:
     steps: tuple[int, ...] = ()  # (): all 1
 
 
-@dataclass(frozen=True)
+@record
 class AssembledEntry(TensorEntry):
     """A tensor whose values lie in boxes of other entries, each element in exactly one box.
 
@@ -100,7 +102,7 @@ class AssembledEntry(TensorEntry):
     parts: tuple[Part, ...] = ()
 
 
-@dataclass(frozen=True)
+@record
 class LowRank:
     """scaling * B @ A, added to a tensor [out, in, ...], or transposed to one of [in, out].
 
@@ -124,7 +126,7 @@ class LowRank:
         return self.a, self.b
 
 
-@dataclass(frozen=True)
+@record
 class ExpertsLowRank:
     """scaling * B_e @ A_e, added to matrix e of [E, out, in], or transposed to one of [E, in, out].
 
@@ -149,7 +151,7 @@ class ExpertsLowRank:
         return self.a, self.b
 
 
-@dataclass(frozen=True)
+@record
 class Added:
     """scaling * vector, added to a tensor of as many elements: a bias that LoRA trains."""
 
@@ -161,7 +163,7 @@ class Added:
         return (self.vector,)
 
 
-@dataclass(frozen=True)
+@record
 class Magnitude:
     """Vectors of given lengths: w_i * m_i / |w_i| for each row w_i, or column, of a matrix.
 
@@ -177,7 +179,7 @@ class Magnitude:
         return (self.lengths,)
 
 
-@dataclass(frozen=True)
+@record
 class Rows:
     """New values of some rows of a matrix: row indices[i] becomes row i of ``rows``."""
 
@@ -192,7 +194,7 @@ class Rows:
 Change = LowRank | ExpertsLowRank | Added | Magnitude | Rows
 
 
-@dataclass(frozen=True)
+@record
 class ChangedEntry(TensorEntry):
     """``source`` with an adapter's changes in their order, in float64. Other fields: the source's.
 
@@ -246,6 +248,19 @@ def stored_entries(entry: TensorEntry) -> Iterator[TensorEntry]:
         yield entry
 
 
+def files_of(entries: Iterable[TensorEntry]) -> set[Location]:
+    """The files that hold some part of entries."""
+    files: set[Location] = set()
+    last: Location | None = None
+    for entry in entries:
+        if type(entry) is not TensorEntry:
+            files.update(stored.file for stored in stored_entries(entry))
+        elif entry.file is not last:  # neighbours share their file, whose hash takes longer
+            last = entry.file
+            files.add(last)
+    return files
+
+
 def is_plain(entry: TensorEntry) -> bool:
     """Whether the values are a run of bytes in one file."""
     return not isinstance(entry, (DecodedEntry, AssembledEntry, ChangedEntry))
@@ -261,6 +276,8 @@ def quantised_source(entry: TensorEntry) -> DecodedEntry | None:
 
 def is_quantised(entry: TensorEntry) -> bool:
     """Whether some of the values are decoded from codes."""
+    if type(entry) is TensorEntry:  # nearly all, and there are many
+        return False
     if isinstance(entry, AssembledEntry):
         return any(is_quantised(part.source) for part in entry.parts)
     if isinstance(entry, ChangedEntry):

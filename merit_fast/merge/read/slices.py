@@ -11,7 +11,6 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,13 @@ from merit_fast.merge.read.companions import CONFIG_FILE
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.files import list_directory, read_json
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record
 
 _BEFORE = ("wte", "wpe", "shared", "relative_pe")
 _DEPTH_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
-@dataclass(frozen=True)
+@record
 class Source:
     """Layers ``first`` to ``end`` - 1 of one model."""
 
@@ -37,7 +37,7 @@ class Source:
     end: int
 
 
-@dataclass(frozen=True)
+@record
 class Slice:
     """Ranges of equal depth: one per model, in the merge's order, and one of the base, if any."""
 

@@ -1,10 +1,9 @@
 """Delta rules of the methods that thin every model's delta from the base before they sum."""
 
-from dataclasses import replace
-
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.merge.rules.values import TensorValues
+from merit_fast.records import replace
 
 
 def ties_rule(values: TensorValues) -> DeltaRule:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import CodeType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,6 +10,7 @@ from merit_fast.errors import InputError, one_line
 from merit_fast.kernels.lazy import np
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.rules.values import Coefficients
+from merit_fast.records import record
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -20,7 +20,7 @@ Array: TypeAlias = "npt.NDArray[np.float64]"
 MergeFunction = Callable[..., Any]
 
 
-@dataclass(frozen=True)
+@record
 class UserFunction:
     """The kind of registered methods: the engine calls ``function`` with whole tensors."""
 
@@ -49,7 +49,7 @@ def _code_text(function: Any) -> str:
     return repr((function.__qualname__, code.co_code, code.co_names, constants))
 
 
-@dataclass(frozen=True)
+@record
 class FunctionRule:
     """A user's function with one tensor's weights and parameters.
 

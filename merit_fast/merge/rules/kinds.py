@@ -1,15 +1,15 @@
 """The kinds of merge methods: how the engine is told to combine a tensor."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.merge.rules.gram import Array
 from merit_fast.merge.rules.values import Coefficients, TensorValues
+from merit_fast.records import record
 
 
-@dataclass(frozen=True)
+@record
 class WeightedSum:
     """A weighted sum of whole tensors, in one pass.
 
@@ -22,7 +22,7 @@ class WeightedSum:
     moves_base: Callable[[bool, bool], bool]
 
 
-@dataclass(frozen=True)
+@record
 class FromGram:
     """A weighted sum whose coefficients come from the tensor's Gram matrix, taken by a first pass.
 
@@ -35,7 +35,7 @@ class FromGram:
     by_vector: Callable[[Array, TensorValues], Array] | None = None
 
 
-@dataclass(frozen=True)
+@record
 class ThinnedDeltas:
     """A rule that drops elements of the deltas before they are summed.
 
@@ -48,7 +48,7 @@ class ThinnedDeltas:
     by_squares: bool = False
 
 
-@dataclass(frozen=True)
+@record
 class ElementByElement:
     """A rule that decides for every element which models count.
 

@@ -1,15 +1,15 @@
 """The parameters of a merge, looked up tensor by tensor."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from merit_fast.errors import InputError
 from merit_fast.merge.parameters import Layers, ModelSettings, Setting, setting_at
+from merit_fast.records import record
 
 Coefficients = tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@record
 class MethodValues:
     """All parameters of one merge.
 
@@ -26,6 +26,12 @@ class MethodValues:
     count: int  # of models
     rescale: bool | None = None  # None: as the method does it
 
+    @property
+    def are_uniform(self) -> bool:
+        """Whether no parameter differs between tensors."""
+        numbers = (int, float, type(None))
+        return not self.models and all(isinstance(v, numbers) for v in self.settings.values())
+
     def at(
         self, name: str, shape: tuple[int, ...] = (), num_elements: int = 0, from_base: bool = False
     ) -> "TensorValues":
@@ -33,7 +39,7 @@ class MethodValues:
         return TensorValues(self, name, shape, num_elements, from_base)
 
 
-@dataclass(frozen=True)
+@record(many=True)
 class TensorValues:
     """Parameters of one tensor of K models. ``from_base``: the method sees deltas from a base."""
 

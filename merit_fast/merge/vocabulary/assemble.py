@@ -4,7 +4,6 @@ import math
 import secrets
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,12 @@ from merit_fast.merge.vocabulary.rows import (
     Run,
     runs_of,
 )
+from merit_fast.records import record
 
 _ROWS_FILE = "rows.f64"
 
 
-@dataclass(frozen=True)
+@record
 class MadeRow:
     """One made row: the mean over the first dimension of ``source`` [m, n]; zeros for None."""
 
@@ -32,7 +32,7 @@ class MadeRow:
     source: TensorEntry | None
 
 
-@dataclass(frozen=True)
+@record
 class MadeRows:
     """A file of rows in float64 that no model has. The engine writes it before it reads it.
 

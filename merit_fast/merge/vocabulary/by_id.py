@@ -1,15 +1,19 @@
 """Rows matched by their ids: for models whose vocabularies agree where both have a token."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.option_names import OptionError
 from merit_fast.merge.read.files import folder_of, quote
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.vocabulary.donors import Donors
-from merit_fast.merge.vocabulary.rows import RowPlan, plan_rows
 from merit_fast.merge.vocabulary.tokens import Vocabulary
+
+if TYPE_CHECKING:
+    from merit_fast.merge.vocabulary.rows import RowPlan
 
 
 def plan_by_id(
@@ -38,6 +42,10 @@ def plan_by_id(
     lengths = [donor.num_rows for donor in donors.all]
     count = max(lengths)
     tokens = set[int]().union(*(ids for ids in named if ids))
+    if set(lengths) == {count} and all(ids is None or ids == tokens for ids in named):
+        return None  # tokenizers that differ in other settings only
+    from merit_fast.merge.vocabulary.rows import plan_rows
+
     sources = np.full((len(lengths), count), -1, np.int64)
     for k, length in enumerate(lengths):
         sources[k, :length] = np.arange(length)

@@ -1,7 +1,6 @@
 """The models of a merge with their vocabularies, and how options name them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from merit_fast.errors import InputError
@@ -19,9 +18,10 @@ from merit_fast.merge.vocabulary.tokens import (
     list_the_same,
     read_vocabulary,
 )
+from merit_fast.records import record
 
 
-@dataclass(frozen=True)
+@record
 class Donor:
     """One input of the merge. ``folder``: the directory of its tokenizer.json; None: it has none.
 
@@ -56,7 +56,7 @@ class Donor:
         return None if vocabulary is None else vocabulary.below(self.num_rows)
 
 
-@dataclass(frozen=True)
+@record
 class Donors:
     """All inputs of a merge, each once.
 

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
@@ -14,6 +13,7 @@ from merit_fast.merge.tokenizer_options import TokenizerOptions
 from merit_fast.merge.vocabulary.donors import Donors, find_donors
 from merit_fast.merge.vocabulary.matrices import Matrix, matrices_of
 from merit_fast.merge.vocabulary.tokens import has_vocabulary, read_vocabulary
+from merit_fast.records import field, record, replace
 
 if TYPE_CHECKING:
     from merit_fast.merge.vocabulary.assemble import MadeRows
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from merit_fast.merge.vocabulary.union import OutputTokens
 
 
-@dataclass(frozen=True)
+@record
 class OutputVocabulary:
     """What a merge with matched vocabularies writes next to the weights.
 
@@ -46,7 +46,7 @@ class OutputVocabulary:
     sentence: str = ""
 
 
-@dataclass(frozen=True)
+@record
 class Matched:
     """The inputs of a merge after the match. ``output`` None: nothing changes."""
 

@@ -1,16 +1,16 @@
 """Tensors that are indexed by token: known by their names, and checked by their sizes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from merit_fast.errors import InputError
 from merit_fast.merge.parameters import layer_of
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry, is_float
 from merit_fast.merge.read.names.token_rows import EMBEDDINGS, ends_with, token_axis
+from merit_fast.records import record
 
 
-@dataclass(frozen=True)
+@record
 class Matrix:
     """A tensor with one row per token. ``axis``: the dimension that counts tokens."""
 
@@ -23,8 +23,9 @@ class Matrix:
 
 def embedding_of(checkpoint: Checkpoint) -> TensorEntry | None:
     """The input embedding: of several, the one with the most rows; None where there is none."""
+    likely = [name for name in checkpoint.tensors if name.endswith(EMBEDDINGS)]
     for ending in EMBEDDINGS:
-        found = [e for name, e in checkpoint.tensors.items() if ends_with(name, ending)]
+        found = [checkpoint.tensors[name] for name in likely if ends_with(name, ending)]
         found = [entry for entry in found if len(entry.shape) == 2]
         if found:
             return max(found, key=lambda entry: entry.shape[0])

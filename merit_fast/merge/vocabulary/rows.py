@@ -6,25 +6,27 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from merit_fast.records import record
+
 Integers = npt.NDArray[np.int64]
 MADE = -1  # in place of a model: the row is made
 
 
-@dataclass(frozen=True)
+@record
 class MeanRow:
     """The mean of rows (model, row); () zeros."""
 
     rows: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@record
 class PaddingRow:
     """The mean of all rows that a model has for tokens."""
 
     model: int
 
 
-@dataclass(frozen=True)
+@record
 class Override:
     """The row that one token gets. ``row`` None: the model's own row of the token."""
 
@@ -148,7 +150,7 @@ def _stand_in(
     return made(MeanRow(tuple((k, int(sources[k, number])) for k in present)))
 
 
-@dataclass(frozen=True)
+@record
 class Run:
     """Consecutive ids ``first`` to ``first + count - 1`` with rows of one model from ``row`` on.
 

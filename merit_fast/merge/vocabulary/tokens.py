@@ -6,7 +6,6 @@ order of the ids) and ``added_tokens``, a list of {id, content, ...}.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,12 +19,13 @@ from merit_fast.merge.read.files import (
     size_of,
 )
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record, replace
 
 TOKENIZER_FILE = "tokenizer.json"
 _MOST_IDS = 1 << 24  # bounds memory
 
 
-@dataclass(frozen=True)
+@record
 class AddedToken:
     """One entry of ``added_tokens``: matched as a whole before the model cuts the text."""
 
@@ -34,7 +34,7 @@ class AddedToken:
     values: Mapping[str, Any]  # the whole entry
 
 
-@dataclass(frozen=True)
+@record
 class Vocabulary:
     """The tokens of one tokenizer.json.
 

@@ -1,10 +1,10 @@
 """The tokens of the output: those of one tokenizer, or those of all models."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merit_fast.merge.vocabulary.tokens import AddedToken, Vocabulary
+from merit_fast.records import field, record, replace
 
 # How a text that no model adds becomes an added token: as the tokenizers library adds a plain text.
 _PLAIN = {
@@ -16,7 +16,7 @@ _PLAIN = {
 }
 
 
-@dataclass(frozen=True)
+@record
 class OutputTokens:
     """The output's vocabulary.
 

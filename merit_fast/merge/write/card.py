@@ -2,9 +2,10 @@
 for any number of threads or processes.
 """
 
+import json
+import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from merit_fast.merge.read.remote import Location, as_location
 from merit_fast.merge.read.slices import Slice
 from merit_fast.merge.tokenizer_options import TokenizerOptions, with_names
 from merit_fast.merge.write.card_options import changed_flags, shown_parameters, value_text
+from merit_fast.options.parser import NO_TEXTS
+from merit_fast.records import record, replace
 
 if TYPE_CHECKING:
     from merit_fast.manifests.schemas import BranchManifest, SplitManifest
@@ -24,19 +27,24 @@ if TYPE_CHECKING:
 CARD_FILE = "README.md"
 _TAGS = ["merge", "merit"]
 _LIBRARY = "transformers"
+_BARE = re.compile(r"[A-Za-z][\w./-]*", re.ASCII)
 
 
-@dataclass(frozen=True)
+@record
 class RunFacts:
-    """The run whose branches are merged. ``base``: its ``model`` key. ``arm``: the merged arm."""
+    """The run whose branches are merged. ``base``: its ``model`` key. ``arm``: the merged arm.
+
+    ``absent``: branches of the arm that the merge does without.
+    """
 
     base: str
     split: "SplitManifest"
     arm: str
     is_stage: bool  # whether the run merges them itself; config.yml then lies next to the card
+    absent: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@record
 class CardFacts:
     """The merge that a card describes.
 
@@ -109,11 +117,17 @@ def _label(path: Location, depth: int) -> str:
 
 
 def _front_matter(facts: CardFacts) -> str:
-    import yaml
-
     base = [_base_label(facts)] if facts.base or facts.run else labels_of(facts.models)
-    values = {"base_model": base, "library_name": _LIBRARY, "tags": _TAGS}
-    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
+    lines = ["base_model:", *(f"- {_yaml_text(name)}" for name in base)]
+    lines += [f"library_name: {_LIBRARY}", "tags:", *(f"- {tag}" for tag in _TAGS)]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _yaml_text(text: str) -> str:
+    """A text as YAML has it: bare where it can only be a text, else quoted as in JSON."""
+    if _BARE.fullmatch(text) and text.lower() not in NO_TEXTS:
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def _base_label(facts: CardFacts) -> str:
@@ -214,6 +228,9 @@ def _split_text(run: RunFacts) -> str:
         chance = "" if null is None else f", of random splits {null:.3f}"
         lines[0] += f"; cross-validated η² {separation.cross_validated:.3f}{chance}"
     lines[0] += ".\n"
+    if run.absent:
+        names = ", ".join(f"`{name}`" for name in run.absent)
+        lines.append(f"**Without {names}**: not finished when the others were merged.\n")
     if run.arm in known:
         groups = split.group_of(run.arm)
         rows = [

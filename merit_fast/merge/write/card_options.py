@@ -1,6 +1,5 @@
 """Options of a merge as its model card shows them: the method's numbers, the command's flags."""
 
-import dataclasses
 import json
 import shlex
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from typing import Any
 
 from merit_fast.merge.config import MergeConfig
 from merit_fast.options.parser import to_plain
+from merit_fast.records import fields
 
 # Options that change no tensor; the weights stand by the models.
 _NOT_OF_TENSORS = (
@@ -37,9 +37,9 @@ def shown_parameters(config: MergeConfig) -> dict[str, Any]:
 
 def changed_flags(config: MergeConfig) -> Iterator[str]:
     """Flags of the command for every option that is not at its default."""
-    fields = {field.name: field for field in dataclasses.fields(config)}
+    by_name = {field.name: field for field in fields(config)}
     for name, value in _changed(config).items():
-        flag = fields[name].metadata["flag"] or "--" + name.replace("_", "-")
+        flag = by_name[name].metadata["flag"] or "--" + name.replace("_", "-")
         if isinstance(value, bool):
             yield flag if value else flag.replace("--", "--no-", 1)
         else:
@@ -49,7 +49,7 @@ def changed_flags(config: MergeConfig) -> Iterator[str]:
 def _changed(config: MergeConfig) -> dict[str, Any]:
     """Options of the tensors, weights not among them, that are not at their defaults."""
     plain = to_plain(config)
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in fields(config)}
     return {
         name: plain[name]
         for name in plain

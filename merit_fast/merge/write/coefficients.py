@@ -21,7 +21,7 @@ def input_coefficients(inputs: Inputs) -> list[tuple[str, float | None]]:
         entries = (named_entry(tensor) for tensor in tensors if is_float(tensor.inputs[0]))
         for rule in map(combination.rule, entries):
             rules.add(rule)
-            if len(rules) > 1:
+            if len(rules) > 1 or not isinstance(rule, tuple):
                 break
     only = rules.pop() if len(rules) == 1 else None
     paths = combination.paths

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.layout import OutputFile
-from merit_fast.merge.engine.plan import Plan, plan_merge
+from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.engine.prepare import Inputs
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.write.shards import ShardWriter, Share, finish_output
@@ -28,7 +28,7 @@ def file_sizes(files: Sequence[OutputFile], layout: "DistributedLayout | None") 
     """Weight file of an output -> bytes; with a layout those of the distributed checkpoint."""
     if layout is not None:
         return {file.name: file.num_bytes for file in layout.files}
-    return {shard.file: shard.num_bytes for shard in plan_merge(files).shards}
+    return {file.name: file.num_bytes for file in files}
 
 
 def plan_of_form(plan: Plan, layout: "DistributedLayout | None", directory: Path | None) -> Plan:

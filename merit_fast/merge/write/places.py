@@ -6,7 +6,6 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.io import STAGE_FILE
 from merit_fast.merge.read.files import is_directory, is_weight_file
 from merit_fast.merge.read.remote import Location, RemotePath
-from merit_fast.merge.write.upload import check_output
 
 
 def check_paths(inputs: Sequence[Location], out: Location) -> None:
@@ -19,6 +18,8 @@ def check_paths(inputs: Sequence[Location], out: Location) -> None:
         if out.resolve() in path.resolve().parents:
             raise InputError(f"{out}: the output must not hold the input {path}")
     if isinstance(out, RemotePath):
+        from merit_fast.merge.write.upload import check_output
+
         check_output(out)
     elif out.exists() and not (out / STAGE_FILE).exists():
         raise InputError(

@@ -1,6 +1,5 @@
 """What two merges must share to give the same bytes."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
@@ -9,6 +8,7 @@ from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.read.slices import describe_slices
 from merit_fast.merge.registry import method_source
 from merit_fast.options.parser import to_plain
+from merit_fast.records import replace
 
 if TYPE_CHECKING:
     from merit_fast.merge.engine.modules import Module

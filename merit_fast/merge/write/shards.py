@@ -1,12 +1,8 @@
 """Writes the output's shards, in this process or shared with others, and finishes the output."""
 
 import os
-import shutil
-import socket
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +10,7 @@ from merit_fast.errors import InputError
 from merit_fast.manifests.atomic import replace_file, write_text
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.kept import is_proved, read_record, write_record
-from merit_fast.manifests.locks import LockedError, exclusive, this_process
+from merit_fast.manifests.locks import LockedError, exclusive, host_name, this_process
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.driver import write_shard
 from merit_fast.merge.engine.layout import index_text
@@ -26,11 +22,13 @@ from merit_fast.merge.read.checkpoint import INDEX_FILE
 from merit_fast.merge.read.companions import (
     copy_companions,
     find_head,
+    head_pair,
     output_dtypes,
     untie_if_different,
 )
+from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.headers import read_header
-from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.write.answers import copy_adapter_answers
 from merit_fast.merge.write.quantization import write_quantization
 
@@ -38,12 +36,14 @@ if TYPE_CHECKING:
     from merit_fast.merge.write.upload import Upload
 from merit_fast.merge.write.verified import CHECKSUM_KEY
 from merit_fast.progress import Progress, Task
+from merit_fast.records import field, record
+from merit_fast.threads import Job, map_in_threads
 
 Share = tuple[int, int]  # this process's number from 1, and of how many
 _THREADS = 4
 
 
-@dataclass
+@record(eq=False)
 class ShardWriter:
     """Writes shards of one output into ``directory``.
 
@@ -75,21 +75,21 @@ class ShardWriter:
             f"merge {self.directory.stem}", sum(s.num_elements for s in shards), "parameters"
         ) as task:
             task.skip(sum(shard.num_elements for shard in shards if shard not in todo))
-            with ThreadPoolExecutor(1) as background:
-                pending: list[Future[None]] = []
-                postponed = [
-                    shard for shard in todo if not self._write(shard, task, background, pending)
-                ]
+            pending: list[Job] = []
+            try:
+                postponed = [shard for shard in todo if not self._write(shard, task, pending)]
                 for shard in postponed:
-                    self._write(shard, task, background, pending, wait=True)
-                for settled in pending:
-                    settled.result()
+                    self._write(shard, task, pending, wait=True)
+            finally:
+                for job in pending:
+                    job.join()
+            for job in pending:
+                job.result()
 
     def prove(self, shards: Sequence[Shard]) -> None:
         """Hashes every file that this process has not written; makes damaged ones again."""
         kept = [shard for shard in shards if shard.file not in self.written]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            proofs = list(pool.map(self._is_proved, kept))
+        proofs = map_in_threads(self._is_proved, kept, _THREADS)
         damaged = [shard for shard, proof in zip(kept, proofs, strict=True) if not proof]
         for shard in damaged:
             file = self.directory / shard.file
@@ -111,14 +111,7 @@ class ShardWriter:
         except FileNotFoundError:
             return not self.directory.exists()
 
-    def _write(
-        self,
-        shard: Shard,
-        task: Task,
-        background: ThreadPoolExecutor,
-        pending: list[Future[None]],
-        wait: bool = False,
-    ) -> bool:
+    def _write(self, shard: Shard, task: Task, pending: list[Job], wait: bool = False) -> bool:
         """Writes one shard; False where another process is at it and ``wait`` is not set."""
         with ExitStack() as stack:
             if not self._lock(shard, stack, wait):
@@ -135,7 +128,8 @@ class ShardWriter:
 
                 write_shard_grams(self.directory, shard, grams)
             held = stack.pop_all()  # until the file has its name
-            pending.append(background.submit(self._settle, part, shard, held))
+            earlier = pending[-1] if pending else None
+            pending.append(Job(lambda: self._settle(part, shard, held), earlier))
         return True
 
     def _lock(self, shard: Shard, stack: ExitStack, wait: bool) -> bool:
@@ -156,13 +150,13 @@ class ShardWriter:
         """The name under which this process writes a file; removes what dead ones have left."""
         for old in self.directory.glob(f"{shard.file}*.part"):
             old.unlink()
-        return self.directory / f"{shard.file}.{socket.gethostname()}-{os.getpid()}.part"
+        return self.directory / f"{shard.file}.{host_name()}-{os.getpid()}.part"
 
     def _settle(self, part: Path, shard: Shard, held: ExitStack) -> None:
         final = self.directory / shard.file
         with held:
             if self.upload is None or self.config.checksum:
-                write_record(final, part)
+                write_record(final, part, self.config.fsync)
                 if self.config.stats:
                     from merit_fast.merge.engine.geometry import gram_file
 
@@ -247,12 +241,7 @@ def finish_output(
     write_quantization(inputs, directory)
     write_roundings(directory, plan.shards)
     _write_tokenizer(inputs, branches, directory)
-    written = {
-        entry.name: entry
-        for file in plan.files
-        for entry in read_header((weights_at or directory) / file.name)
-    }
-    if pair := find_head(written):
+    if pair := _written_head(plan, weights_at or directory):
         untie_if_different(directory, *pair)
     metadata: dict[str, object] = {}
     if config.checksum:
@@ -263,7 +252,21 @@ def finish_output(
         }
     text = index_text(plan.files, metadata)
     if text is not None:
-        write_text(directory / INDEX_FILE, text)
+        write_text(directory / INDEX_FILE, text, config.fsync)
+
+
+def _written_head(plan: Plan, folder: Location) -> tuple[TensorEntry, TensorEntry] | None:
+    """(input embedding, output head) in the files just written, if the output has one of each."""
+    files = {stored.name: file.name for file in plan.files for stored in file.stored}
+    names = head_pair(files)
+    if names is None:
+        return None
+    written = {
+        entry.name: entry
+        for file in {files[name] for name in names}
+        for entry in read_header(folder / file)
+    }
+    return find_head(written)
 
 
 def _known_checksum(file: Path) -> str:
@@ -272,8 +275,16 @@ def _known_checksum(file: Path) -> str:
     return checksum(file) if record is None else record[2]
 
 
-def free_bytes(path: Path) -> int:
-    """Free bytes of the disk that holds a path, which need not exist yet."""
+def free_bytes(path: Location) -> int:
+    """Free bytes of the disk that holds a path, which need not exist yet.
+
+    Of a place in a store: of the disk that gets temporary files.
+    """
+    if isinstance(path, RemotePath):
+        import tempfile
+
+        path = Path(tempfile.gettempdir())
     while not path.exists() and path != path.parent:
         path = path.parent
-    return shutil.disk_usage(path).free
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize

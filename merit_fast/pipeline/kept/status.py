@@ -1,7 +1,7 @@
 """The state of every output of a run, with or without its config; it changes no file."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,14 @@ from typing import Literal
 from merit_fast.errors import InputError
 from merit_fast.manifests.directories import is_own_work
 from merit_fast.manifests.io import STAGE_FILE, StageManifest
-from merit_fast.manifests.ledger import OLD_BRANCHES, Ledger, OutputRecord, adopt, read_ledger
+from merit_fast.manifests.ledger import (
+    OLD_BRANCHES,
+    UNITS_FOLDER,
+    Ledger,
+    OutputRecord,
+    adopt,
+    read_ledger,
+)
 from merit_fast.manifests.locks import LOCKS_FOLDER, owner_of, stage_lock
 from merit_fast.manifests.stages import AUDIT, EVALUATE, MERGE, REPORT, SKETCH, SPLIT, STAGES, TRAIN
 from merit_fast.manifests.state import OutputState, check_output, differences
@@ -48,7 +55,20 @@ def config_status(config: RunConfig, command: str, verify: bool) -> list[OutputS
     ledger = outputs.records.ledger()
     expected = {outputs.records.name(path): m for path, m in outputs.expected().items()}
     rows = [_of_config(root, name, m, ledger, verify) for name, m in expected.items()]
-    return [*rows, *_others(root, set(expected), ledger), *_caches(outputs)]
+    others = (*_others(root, set(expected), ledger), *_units(root, rows), *_caches(outputs))
+    return [*rows, *others]
+
+
+def _units(root: Path, rows: Sequence[OutputStatus]) -> Iterator[OutputStatus]:
+    """A row for the parts that units have made; finished stages hold them too."""
+    folder = root / UNITS_FOLDER
+    if not folder.is_dir():
+        return
+    states = {row.name: row.state for row in rows}
+    is_over = all(states.get(stage.folder) == "up to date" for stage in (SKETCH, EVALUATE))
+    state: Word = "not in force" if is_over else "up to date"
+    detail = "parts of finished stages, and logs" if is_over else "parts of stages, and logs"
+    yield OutputStatus(UNITS_FOLDER, state, detail, None, folder_bytes(folder))
 
 
 def _caches(outputs: Outputs) -> Iterator[OutputStatus]:
@@ -83,7 +103,7 @@ def run_status(root: Path, verify: bool) -> list[OutputStatus]:
         if state.is_current and state.record and not wanted <= _prints(state.record):
             state = OutputState("other config", "made of other branches or splits", state.record)
         rows.append(_row(root, name, state, state.detail))
-    return rows + list(_others(root, {row.name for row in rows}, ledger))
+    return [*rows, *_others(root, {row.name for row in rows}, ledger), *_units(root, rows)]
 
 
 def _in_force(ledger: Ledger) -> dict[str, set[str]]:

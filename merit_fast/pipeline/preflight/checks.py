@@ -20,12 +20,18 @@ from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.preflight.base import (
     check_architecture,
     check_kernels,
+    check_memory,
     check_packing,
     check_parts,
 )
 from merit_fast.pipeline.preflight.disk import check_disk
 from merit_fast.pipeline.preflight.pending import pending_branches, pending_stages
-from merit_fast.pipeline.preflight.training import check_training, check_watched
+from merit_fast.pipeline.preflight.training import (
+    check_division,
+    check_training,
+    check_watched,
+    is_divided,
+)
 from merit_fast.split.search.partition import partition_datasets
 
 
@@ -49,9 +55,12 @@ def check_stages(outputs: Outputs, data: RunData, stages: Sequence[Stage]) -> No
         check_architecture(outputs.base)
         check_kernels(pending)
     if SKETCH in pending:
+        check_memory(outputs.base, config.split)
         check_parts(outputs.base, config.split, config.train.freeze)
     if TRAIN in pending:
         check_training(outputs.base, config.train)
+        if is_divided(config.train):
+            check_division(outputs.base, config.train)
     _check_rows(data, pending)
     if TRAIN in pending and pending_branches(outputs) != ():
         _check_training(outputs, data)
@@ -65,7 +74,7 @@ def _check_training(outputs: Outputs, data: RunData) -> None:
         from merit_fast.engines.check import check_engine
 
         check_engine(outputs, data)
-    elif config.train.packing:
+    elif config.train.packing and not is_divided(config.train):
         check_packing(outputs.base, config, data.branch)
 
 

@@ -7,6 +7,7 @@ from merit_fast.data import Dataset
 from merit_fast.errors import InputError
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.train.config import TrainConfig
+from merit_fast.train.parallel.world import world_size
 
 
 def check_training(base: Path, train: TrainConfig) -> None:
@@ -28,6 +29,22 @@ def check_training(base: Path, train: TrainConfig) -> None:
     router_coefficient(model)
     if train.gradient_checkpointing:
         check_checkpointing(model)
+
+
+def is_divided(train: TrainConfig) -> bool:
+    """Whether several processes divide the model of a branch."""
+    return train.shard == "full" and world_size() > 1
+
+
+def check_division(base: Path, train: TrainConfig) -> None:
+    """Checks that processes can divide the base and read their rows of it.
+
+    Raises:
+        InputError: see ``make_hollow_model``.
+    """
+    from merit_fast.train.parallel.load import make_hollow_model
+
+    make_hollow_model(str(base), train.dtype)
 
 
 def check_watched(config: RunConfig, watched: Sequence[Dataset]) -> None:

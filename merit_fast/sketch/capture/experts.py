@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from merit_fast.model.layered.stream import bring_in
 from merit_fast.sketch.capture.layout import Pass, Site
 
 _PROBE_TOKENS = 4
@@ -120,6 +121,7 @@ def _agrees(module: nn.Module) -> bool:
     """Whether the module computes y above, found by a trial."""
     if getattr(module, "_is_expert_parallel", False):
         return False
+    bring_in(module)
     first = getattr(module, _first_name(module))
     down = module.down_proj
     transposed = getattr(module, "is_transposed", False)

@@ -84,6 +84,7 @@ class Pass(ExampleSketches):
         fired: some gradient has arrived.
         done: its sketches were taken or discarded.
         exploring: the first of its kind, with all weights unfrozen: refusals may come.
+        is_late: gradients have arrived at the outputs, so a refusal makes the batch run again.
         trusts_check: the check will find rows that are taken for those of another example.
         also: other sketches to which the taps add in the user's backward pass.
         ran_without_grad: parameters whose module ran under no_grad, as reentrant checkpointing
@@ -99,6 +100,7 @@ class Pass(ExampleSketches):
     fired: bool = False
     done: bool = False
     exploring: bool = False
+    is_late: bool = False
     trusts_check: bool = False
     also: list["Pass"] = field(default_factory=list)
     ran_without_grad: set[str] = field(default_factory=set)

@@ -21,7 +21,7 @@ from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.mixture.blocks import RowBlocks, add_content, assign_blocks, row_digests
 
 # Options that change no sum beyond rounding, or count by their content.
-_NO_SUM = ("check", "uncovered", "batch_size", "store", "store_dim", "optimizer")
+_NO_SUM = ("check", "uncovered", "batch_size", "store", "store_dim", "optimizer", "memory")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class DrawnMixture:
     def most_examples(self) -> int:
         """Number of examples of the largest draw."""
         return max(len(drawn.indices) for drawn in self.datasets)
+
+    def only(self, name: str) -> "DrawnMixture":
+        """The mixture with one dataset, whose blocks stay those of the whole mixture."""
+        drawn = tuple(drawn for drawn in self.datasets if drawn.name == name)
+        return dataclasses.replace(self, datasets=drawn)
 
 
 def draw_mixture(

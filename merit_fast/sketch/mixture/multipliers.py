@@ -7,7 +7,7 @@ they depend on and the file's hash: a run that was killed after them takes them 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,22 +83,25 @@ def stage_multipliers(
 
 
 def keep_factors(
-    config: SketchConfig, source: str | None, directory: Path, earlier: Path | None
+    config: SketchConfig, source: str | None, directory: Path, earlier: Sequence[Path]
 ) -> None:
     """Leaves in ``directory`` the factors that this run needs, if they are known, and no others.
 
     Args:
         source: fingerprint of what they depend on.
-        earlier: an earlier output of any options.
+        earlier: earlier outputs of any options.
     """
     file = directory / FACTORS_FILE
     if config.normalize == "kfac" and _is_intact(directory, source):
         return
     for name in (_RECORD, FACTORS_FILE):
         (directory / name).unlink(missing_ok=True)
-    if config.normalize == "kfac" and earlier is not None and _is_intact(earlier, source):
-        shutil.copyfile(earlier / FACTORS_FILE, file)
-        shutil.copyfile(earlier / _RECORD, directory / _RECORD)
+    if config.normalize != "kfac":
+        return
+    known = next((folder for folder in earlier if _is_intact(folder, source)), None)
+    if known is not None:
+        shutil.copyfile(known / FACTORS_FILE, file)
+        shutil.copyfile(known / _RECORD, directory / _RECORD)
 
 
 def _is_intact(directory: Path, source: str | None) -> bool:

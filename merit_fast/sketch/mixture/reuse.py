@@ -26,7 +26,7 @@ _CHECK = "check"  # the bounds of a SketchCheck, where the sums were checked
 
 def reuse_states(
     directory: Path,
-    earlier: Path | None,
+    earlier: Sequence[Path],
     fingerprints: Mapping[str, str],
     parts: Sequence[str] = (),
 ) -> tuple[set[str], set[str]]:
@@ -37,7 +37,7 @@ def reuse_states(
 
     Args:
         directory: the output under its temporary name, perhaps with the work of a killed run.
-        earlier: an earlier output; None: there is none.
+        earlier: earlier outputs; absent folders count as empty.
         fingerprints: dataset -> fingerprint that its sums must have; it covers ``parts``.
         parts: parts of the model, each with a file for every dataset.
 
@@ -45,9 +45,13 @@ def reuse_states(
         Datasets whose files a killed run left in ``directory``, and those taken from ``earlier``.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    checks = _checks(directory) if earlier is None else _checks(earlier) | _checks(directory)
+    checks: dict[str, Any] = {}
+    before: dict[str, dict[str, Path]] = {}
+    for folder in earlier:
+        checks |= _checks(folder)
+        before |= _intact_states(folder, parts)
+    checks |= _checks(directory)
     own = _intact_states(directory, parts)
-    before = {} if earlier is None else _intact_states(earlier, parts)
     kept = {name for name, digest in fingerprints.items() if digest in own}
     taken = {name for name in fingerprints.keys() - kept if fingerprints[name] in before}
     sources: dict[Path, Path] = {}

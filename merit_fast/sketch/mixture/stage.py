@@ -13,7 +13,8 @@ from merit_fast.data import Dataset
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.atomic import write_bytes
 from merit_fast.manifests.sketch_state import SketchState, state_path
-from merit_fast.model import freeze_parameters, load_model
+from merit_fast.model import freeze_parameters
+from merit_fast.model.layered.choose import load_model_for
 from merit_fast.progress import Progress, Task
 from merit_fast.row_store.identity import StoreIdentity
 from merit_fast.row_store.reuse import reuse_rows
@@ -37,9 +38,10 @@ def sketch_mixture(  # noqa: PLR0913
     config: SketchConfig,
     directory: Path,
     progress: Progress,
-    earlier: Path | None = None,
+    earlier: Sequence[Path] = (),
     freeze: Sequence[str] | None = None,
     factors: Path | None = None,
+    only: str | None = None,
 ) -> None:
     """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
@@ -50,12 +52,14 @@ def sketch_mixture(  # noqa: PLR0913
     the options are as they were.
 
     Args:
-        earlier: a finished output of any mixture and options. Its undamaged files with equal
+        earlier: finished outputs of any mixture and options. Their undamaged files with equal
             fingerprints are reused; they have the bytes that sketching would give.
         freeze: parameters that training leaves as they are, as ``freeze_parameters`` takes them;
             they are not sketched.
         factors: file of the K-FAC factors that ``normalize`` kfac multiplies by; None: those of
             these datasets are collected first.
+        only: the one dataset to sketch; the others only decide the blocks of shared rows. None:
+            all.
 
     Raises:
         InputError: a dataset of one example, or of too few rows that no other dataset has; a part
@@ -65,6 +69,8 @@ def sketch_mixture(  # noqa: PLR0913
     mixture = draw_mixture(datasets, model_fingerprint, config, freeze, factors)
     if config.precision:
         check_blocks(config.blocks, FIRST_LOOK, mixture.most_examples, ERROR_RATE)
+    if only is not None:
+        mixture = mixture.only(only)
     missing = _reuse(mixture, config, directory, progress, earlier)
     if missing:
         work = SketchWork(
@@ -91,7 +97,7 @@ def _reuse(
     config: SketchConfig,
     directory: Path,
     progress: Progress,
-    earlier: Path | None,
+    earlier: Sequence[Path],
 ) -> list[DrawnDataset]:
     """Takes over what is known already; returns the datasets that are not."""
     sums = {drawn.name: drawn.sums for drawn in mixture.datasets}
@@ -118,7 +124,10 @@ def _sketch_datasets(
     progress: Progress,
 ) -> None:
     config = work.config
-    model = load_model(work.model_path, config.dtype)
+    memory = "whole" if config.normalize == "adam" else config.memory
+    model = load_model_for(
+        work.model_path, config.dtype, memory, lambda line: progress.note(f"sketch: {line}")
+    )
     freeze_parameters(model, work.freeze)
     parameters = select_parameters(model, config.parameters)
     multipliers = stage_multipliers(

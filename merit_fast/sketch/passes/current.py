@@ -136,7 +136,7 @@ class CurrentPass:
                 self._check_row(self.row, found)
             if run.is_divided:
                 self._sketch_slow(found)
-        run.exploring = False
+        run.is_late = True
 
     def _check_row(self, row: Comparison, found: OutputGradients) -> None:
         """Compares the last example that has a gradient."""

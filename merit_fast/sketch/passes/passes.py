@@ -261,7 +261,7 @@ class SketchedPasses:
         """
         self.uncovered.add(refusal)
         run = self.run
-        if run is not None and not run.exploring:
+        if run is not None and (run.is_late or not run.exploring):
             self.uncovered.require_allowed()
             self.uncovered.repeat(refusal.site.name)
 

@@ -1,15 +1,14 @@
 """Pins, and the partition problem that they leave. Pure NumPy."""
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from merit_fast.errors import InputError, show
 from merit_fast.options.fields import option
+from merit_fast.records import field, record
 
 Array = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.intp]
@@ -17,7 +16,7 @@ Labels = npt.NDArray[np.intp]
 FREE = -1
 
 
-@dataclass(frozen=True)
+@record
 class Pins:
     """Datasets that stay together, apart or in one group.
 
@@ -28,12 +27,12 @@ class Pins:
     apart: tuple[tuple[str, ...], ...] = option(
         [], "lists of datasets that all go to different groups"
     )
-    group: dict[str, int] = dataclasses.field(
+    group: dict[str, int] = field(
         default_factory=dict, metadata={"help": "dataset: the number of its group, from 0"}
     )
 
 
-@dataclass(frozen=True)
+@record
 class Problem:
     """M items to be put into K groups.
 

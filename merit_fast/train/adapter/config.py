@@ -1,15 +1,15 @@
 """Options of the adapter that a branch trains in place of all weights."""
 
 import re
-from dataclasses import dataclass, fields
 from typing import Literal
 
 from merit_fast.options.fields import option, require
+from merit_fast.records import fields, record
 
 ALL_LINEAR = "all-linear"
 
 
-@dataclass(frozen=True)
+@record
 class AdapterConfig:
     """A low-rank adapter: W + s * B A with a frozen W (Hu et al. 2021, arXiv 2106.09685)."""
 

@@ -12,6 +12,7 @@ from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss
 from merit_fast.train.metrics.record import DatasetSums
 from merit_fast.train.parallel.ranks import Ranks
+from merit_fast.train.prepare import TrainedModel
 from merit_fast.train.resume import Position
 
 
@@ -64,21 +65,26 @@ class HeldOut:
             return False
         return len(position.held_out) - 1 - best >= patience
 
-    def measure(self, model: nn.Module, ranks: Ranks) -> DatasetSums:
+    def measure(self, trained: TrainedModel, ranks: Ranks) -> DatasetSums:
         """Nats and target tokens of every dataset, in evaluation mode; the processes share rows."""
         losses = torch.zeros(len(self.datasets), dtype=torch.float64)
         tokens = torch.zeros(len(self.datasets), dtype=torch.int64)
+        model = trained.model
         model.eval()
+        shards = trained.shards
+        batches = list(self._batches(model if shards is None else None))
+        own = ranks.share(batches) if shards is None else shards.batches_of_rank(batches)
         with torch.no_grad():
-            for batch in ranks.share(list(self._batches(model))):
-                loss = batch_loss(model, batch, 1, len(self.datasets))
+            for batch in own:
+                loss = trained.call(batch_loss, batch, 1, len(self.datasets))
                 losses += loss.dataset_losses
                 tokens += loss.dataset_tokens
         model.train()
         ranks.add(losses, tokens)
         return DatasetSums(tuple(losses.tolist()), tuple(tokens.tolist()))
 
-    def _batches(self, model: nn.Module) -> Iterator[Batch]:
+    def _batches(self, model: nn.Module | None) -> Iterator[Batch]:
+        """Every row; a divided model, None here, is not asked whether it reads trees."""
         size = -(-self.config.batch_size // self.config.accumulation)
         for number, dataset in enumerate(self.datasets):
             texts, _ = fit_trees(model, list(dataset.examples))

@@ -45,9 +45,14 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def wait(self) -> None:
+        """Waits until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replaces gradients by their sums; one that no process has stays None."""
-        if self.size == 1:
+        if self.size == 1 or not parameters:
             return
         device = parameters[0].device
         has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
@@ -68,6 +73,9 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         received: tuple[str, ...] | None = box[0]
         return received
+
+
+ONE_PROCESS = Ranks()
 
 
 @contextlib.contextmanager

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import architectures
-from support.stacks.trl_runs import sft_run
-from support.tiny import TASKS
+from support.stacks.trl_runs import assert_same_logs, logs_of, sft_run
 
 from merit_fast.errors import InputError
 from merit_fast.integrations.trl import use_head
@@ -113,23 +112,6 @@ def test_without_the_flag_and_in_float16_their_own_forward_runs(caplog):
     assert "TRL's own head runs: our kernels take whole float32 or bfloat16" in caplog.text
 
 
-def logs_of(run):
-    run.train()
-    timed = ("runtime", "per_second", "step_time", "flos")
-    return [
-        {key: value for key, value in entry.items() if not any(part in key for part in timed)}
-        for entry in run.state.log_history
-    ]
-
-
-def assert_same_logs(mine, theirs):
-    assert len(mine) == len(theirs) > 2
-    for ours, other in zip(mine, theirs, strict=True):
-        assert ours.keys() == other.keys()
-        for key, value in other.items():
-            assert ours[key] == pytest.approx(value, rel=1e-4, abs=2e-5), key
-
-
 @pytest.mark.parametrize(
     "options", [{"loss_type": "nll"}, {"loss_type": "dft", "packing": True, "max_length": 32}]
 )
@@ -143,75 +125,6 @@ def test_sft_logs_the_same(base, tmp_path, options):
     theirs = logs_of(sft_run(trl.SFTTrainer, base, tmp_path, **options))
     run = sft_run(trl.SFTTrainer, base, tmp_path, **options)
     use_head(run)
-    assert_same_logs(logs_of(run), theirs)
-
-
-COMMON = dict(
-    learning_rate=1e-3,
-    bf16=False,
-    report_to=[],
-    use_cpu=True,
-    disable_tqdm=True,
-    save_strategy="no",
-    logging_steps=1,
-    max_steps=2,
-    per_device_train_batch_size=4,
-    dataloader_pin_memory=False,
-)
-
-
-def prompts():
-    return [
-        {
-            "prompt": f"{instruction} {question}",
-            "chosen": f" {answer}",
-            "rejected": " " + answer[::-1],
-        }
-        for instruction, facts in TASKS.values()
-        for question, answer in facts.items()
-    ]
-
-
-def dpo_run(base, out):
-    import transformers as t
-    from datasets import Dataset
-
-    return trl.DPOTrainer(
-        t.AutoModelForCausalLM.from_pretrained(base),
-        args=trl.DPOConfig(str(out), use_weighting=True, **COMMON),
-        train_dataset=Dataset.from_list(prompts()),
-        processing_class=t.AutoTokenizer.from_pretrained(base),
-    )
-
-
-def grpo_run(base, out):
-    import transformers as t
-    from datasets import Dataset
-
-    def reward(completions, **kwargs):
-        return [float(len(set(text))) for text in completions]
-
-    return trl.GRPOTrainer(
-        t.AutoModelForCausalLM.from_pretrained(base),
-        reward_funcs=reward,
-        args=trl.GRPOConfig(
-            str(out),
-            num_generations=2,
-            max_completion_length=6,
-            temperature=0.8,
-            beta=0.1,
-            **COMMON,
-        ),
-        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in prompts()]),
-        processing_class=t.AutoTokenizer.from_pretrained(base),
-    )
-
-
-@pytest.mark.parametrize("make", [dpo_run, grpo_run], ids=["DPO", "GRPO"])
-def test_preference_and_reinforcement_trainers_log_the_same(base, tmp_path, make):
-    theirs = logs_of(make(base, tmp_path))
-    run = make(base, tmp_path)
-    assert use_head(run) == 1 + (getattr(run, "ref_model", None) is not None)
     assert_same_logs(logs_of(run), theirs)
 
 

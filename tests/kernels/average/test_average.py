@@ -127,6 +127,42 @@ def test_out_may_be_an_input():
     assert out is a and a.tolist() == [(i + 1) / 2 for i in range(10)]
 
 
+def spread_bf16(rng, n, spread):
+    """Random bf16 whose exponents differ by at most ``spread``, with zeros and every sign."""
+    exponents = rng.integers(1, 255 - spread) + rng.integers(0, spread + 1, n)
+    bits = (rng.integers(0, 2, n) << 15) | (exponents << 7) | rng.integers(0, 128, n)
+    return np.where(rng.random(n) < 0.1, bits & 0x8000, bits).astype(np.uint16)
+
+
+@pytest.mark.parametrize("count", range(2, 10))
+@pytest.mark.parametrize("weight", [1.0, 0.5, 0.125, 2.0**-17, 2.0])
+def test_equal_weights_that_are_a_power_of_two(count, weight):
+    """Sums that are exact in fp32, nearly or not at all: as fp64 sums in order, rounded once."""
+    rng = np.random.default_rng(count)
+    parts = [[spread_bf16(rng, 97, s) for s in range(24)] for _ in range(count)]
+    inputs = [np.concatenate([*part, adversarial("BF16", k)]) for k, part in enumerate(parts)]
+    with np.errstate(all="ignore"):
+        total = weight * to_float64(inputs[0], "BF16")
+        for values in inputs[1:]:
+            total = total + weight * to_float64(values, "BF16")
+        wanted = float64_to_bf16(total)
+    out = average_arrays(inputs, [weight] * count, dtypes=["BF16"] * count, out_dtype="BF16")
+    nan = np.isnan(total)
+    assert np.array_equal(out[~nan], wanted[~nan])
+    assert (out[nan] == 0x7FC0).all()
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.1, 0.9], [0.3, 0.3]])
+def test_out_may_be_a_bf16_input(weights):
+    inputs = [adversarial("BF16", seed) for seed in (5, 6)]
+    options = {"dtypes": ["BF16", "BF16"], "out_dtype": "BF16"}
+    wanted = average_arrays(inputs, weights, **options)
+    for k in (0, 1):
+        copies = [values.copy() for values in inputs]
+        out = average_arrays(copies, weights, out=copies[k], **options)
+        assert out.tobytes() == wanted.tobytes()
+
+
 def test_bad_arguments_are_named():
     x = np.zeros(4, np.float32)
     with pytest.raises(ValueError, match="as many inputs as weights"):

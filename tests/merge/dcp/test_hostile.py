@@ -149,6 +149,18 @@ def test_a_shape_that_differs_in_the_item(folder):
     refuse(folder, r"shape must be \[3, 2\] as in .metadata, got \[2, 3\]")
 
 
+def test_a_record_marked_as_a_folder_is_refused(folder):
+    """torch 2.13 reads nothing from it, and gives what the memory held before."""
+    file = folder / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    name = data.rindex(b"archive/data/0")  # the last one stands in the zip's directory
+    attributes = name - 46 + 38
+    assert data[name - 46 : name - 42] == b"PK\1\2"
+    data[attributes] |= 0x10
+    file.write_bytes(data)
+    refuse(folder, "data/0': must be a file, is a folder")
+
+
 def test_any_cut_is_refused(folder):
     data = (folder / ".metadata").read_bytes()
     for end in range(0, len(data) - 1, 7):

@@ -1,5 +1,7 @@
 """Methods that thin deltas equal their formulas in fp64, rounded once, bit for bit."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,30 @@ def test_threads_and_chunks_change_no_bit(written, tmp_path, case):
         merge(paths, WEIGHTS, tmp_path / f"{number}", config, base)
         outputs.add((tmp_path / f"{number}/model.safetensors").read_bytes())
     assert len(outputs) == 1
+
+
+def bytes_read():
+    """Bytes that this process has read by system calls."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+def test_chunks_kept_between_passes_are_read_once_and_change_no_bit(tmp_path):
+    """TIES holds 8 MiB of a tensor's inputs, and nothing under a limit on memory."""
+    elements = 1_600_000
+    models = [torch.randn(elements, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    *paths, base = [
+        write(tmp_path / f"m{k}", {"a": model.bfloat16()}) for k, model in enumerate(models)
+    ]
+    read = []
+    outputs = set()
+    for number, (threads, limit) in enumerate([(1, None), (2, None), (2, "64MB")]):
+        config = MergeConfig(method="ties", density=0.3, threads=threads, max_memory=limit)
+        before = bytes_read()
+        merge(paths, [0.5, 0.5], tmp_path / f"{number}", config, base)
+        read.append(bytes_read() - before)
+        outputs.add((tmp_path / f"{number}/model.safetensors").read_bytes())
+    assert len(outputs) == 1
+    assert all(each < read[2] - (7 << 20) for each in read[:2])
 
 
 LEVEL_SCRIPT = """

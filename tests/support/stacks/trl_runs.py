@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support.tiny import TASKS
 from torch.nn import functional as F
@@ -53,6 +54,25 @@ def sft_run(cls: Any, base: Path, out: Path, model: Any = None, **options: Any) 
     )
     run.remove_callback(t.PrinterCallback)
     return run
+
+
+def logs_of(run: Any) -> list[dict[str, Any]]:
+    """Trains, and returns the logs without what depends on the clock."""
+    run.train()
+    timed = ("runtime", "per_second", "step_time", "flos")
+    return [
+        {key: value for key, value in entry.items() if not any(part in key for part in timed)}
+        for entry in run.state.log_history
+    ]
+
+
+def assert_same_logs(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Compares every figure of two runs of TRL."""
+    assert len(mine) == len(theirs) > 2
+    for ours, other in zip(mine, theirs, strict=True):
+        assert ours.keys() == other.keys()
+        for key, value in other.items():
+            assert ours[key] == pytest.approx(value, rel=1e-4, abs=2e-5), key
 
 
 @torch.no_grad()

@@ -3,30 +3,36 @@
 ``reference`` gives the same bytes in NumPy.
 """
 
-import ctypes
+from __future__ import annotations
+
 import math
 import os
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.average.deltas import DeltaRule
 from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.kernels.average.vectors import VectorRule
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.compiled.sources import CODES, SourceBuilder
 from merit_fast.merge.engine.opened import OpenFiles
 from merit_fast.merge.engine.plan import Rule, Segment
 from merit_fast.merge.engine.values import nonfinite_error
+from merit_fast.records import fields, to_dict
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _RULE_FIELDS = tuple(field.name for field in fields(DeltaRule))
+_KEPT_BYTES = 8 << 20
+NO_PIECES = memoryview(bytes(24)).cast("q", (1, 3))[:0]  # [0, 3]: a sum needs no NumPy
+NO_GRAMS = memoryview(bytearray(8)).cast("d", (1, 1, 1))[:0]  # [0, 1, 1]
 Advance = Callable[[int], None]  # receives the number of elements done since the last call
 
 
@@ -35,17 +41,17 @@ def run(
     config: MergeConfig,
     files: OpenFiles,
     step: int,
-    pieces: npt.NDArray[np.int64],
-    grams: npt.NDArray[np.float64],
+    pieces: Any,
+    grams: Any,
     from_base: bool,
-    elements_done: npt.NDArray[np.int64],
+    elements_done: array[int],
 ) -> None:
     """Merges one batch of segments and fills the Gram matrices of its pieces.
 
     Args:
         step: elements of a chunk.
-        pieces: [P, 3] segment, first element, elements.
-        grams: [P, branches, branches], filled.
+        pieces: [P, 3] int64 segment, first element, elements; NO_PIECES for no Gram matrices.
+        grams: [P, branches, branches] float64, filled; NO_GRAMS.
         from_base: Gram matrices are of deltas from the last input; else of the inputs.
         elements_done: [1], grows by the number of elements that are merged.
     """
@@ -65,7 +71,10 @@ def run(
     number = None
     if isinstance(rule, DeltaRule):
         rules = [_tensor_rule(native, segment.rule) for segment in batch]
-        result = native.merge_deltas(tensors=segments, rules=rules, **shared, **sums)
+        kept_bytes = kept_chunk_bytes(config)
+        result = native.merge_deltas(
+            tensors=segments, rules=rules, kept_bytes=kept_bytes, **shared, **sums
+        )
     elif isinstance(rule, (ElementRule, VectorRule)):
         result, number = _merge_one_by_one(native, batch, segments, shared)
     else:
@@ -84,6 +93,11 @@ def run(
         raise MeritFastError(f"{where}: {reason} while merging {segment.names[0]}")
 
 
+def kept_chunk_bytes(config: MergeConfig) -> int:
+    """Bytes of a tensor's inputs that a method of several passes holds from one to the next."""
+    return 0 if config.max_memory else _KEPT_BYTES
+
+
 def _merge_one_by_one(
     native: Any, batch: Sequence[Segment], segments: Sequence[Any], shared: dict[str, Any]
 ) -> tuple[Any, int]:
@@ -94,7 +108,7 @@ def _merge_one_by_one(
         if isinstance(rule, VectorRule):
             result = _merge_vectors(native, tensor, rule, len(segment.inputs), shared)
         elif isinstance(rule, ElementRule):
-            element_rule = native.ElementRule(**asdict(rule))
+            element_rule = native.ElementRule(**to_dict(rule))
             result = native.merge_elements(tensor=tensor, rule=element_rule, **shared)
         if result.nonfinite or result.error:
             return result, number
@@ -134,6 +148,8 @@ def _merge_vectors(
 
 def _array_at(address: int, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Memory of C++ as an array, for the time of a call."""
+    import ctypes
+
     memory = (ctypes.c_double * math.prod(shape)).from_address(address)
     return np.ctypeslib.as_array(memory).reshape(shape)
 
@@ -155,9 +171,9 @@ def _tensor_rule(native: Any, rule: Rule) -> Any:
 
 
 @contextmanager
-def watch(advance: Advance | None) -> Iterator[npt.NDArray[np.int64]]:
+def watch(advance: Advance | None) -> Iterator[array[int]]:
     """Yields a [1] counter; reports its growth while C++ advances it without the GIL."""
-    elements_done = np.zeros(1, np.int64)
+    elements_done = array("q", [0])
     if advance is None:
         yield elements_done
         return
@@ -166,7 +182,7 @@ def watch(advance: Advance | None) -> Iterator[npt.NDArray[np.int64]]:
 
     def report() -> None:
         nonlocal reported
-        now = int(elements_done[0])
+        now = elements_done[0]
         advance(now - reported)
         reported = now
 

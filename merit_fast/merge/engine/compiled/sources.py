@@ -1,14 +1,14 @@
 """Entries as sources of merit_fast._C, form by form; ``values`` gives the same numbers in NumPy."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES, ITEM_BYTES
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.engine.changes import columns_of, factors_of, length_factors
 from merit_fast.merge.engine.decode import code_bits, code_values
 from merit_fast.merge.engine.opened import OpenFiles
@@ -24,6 +24,9 @@ from merit_fast.merge.read.entries import (
     TensorEntry,
     value_dtype,
 )
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 CODES = {dtype: code for dtype, (code, _) in FLOAT_DTYPES.items()}
 _WIDE_CHUNKS = 16  # chunks of a transposed tensor that are read at once, and shared by workers

@@ -1,10 +1,11 @@
 """Integer counters, such as BatchNorm's num_batches_tracked: the largest of all models is kept."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
+from merit_fast.kernels.lazy import np
 from merit_fast.merge.engine.layout import OutputFile, OutputTensor
 from merit_fast.merge.engine.opened import open_files
 from merit_fast.merge.engine.values import values
@@ -13,7 +14,7 @@ from merit_fast.merge.read.entries import TensorEntry, stored_entries
 
 def is_counter(entry: TensorEntry) -> bool:
     """Whether a tensor is a single integer. Others are no counts and must be equal."""
-    return entry.num_elements == 1 and entry.dtype[0] in "IU"
+    return entry.dtype[0] in "IU" and entry.num_elements == 1
 
 
 def largest(entry: TensorEntry, chunks: Sequence[bytes]) -> bytes:

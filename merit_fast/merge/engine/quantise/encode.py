@@ -1,46 +1,18 @@
 """Values as 8-bit floats with fresh scales. Without ``is_native`` it is the reference in NumPy."""
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from merit_fast.kernels import dispatch
 from merit_fast.merge.engine.decode import code_values
 from merit_fast.merge.engine.quantise.encoding import Encoding
+from merit_fast.merge.engine.quantise.rounding import Rounding
 
 Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.uint8]
 _SIGN = 128
 # Bits of the mantissa, bias, code of the largest value, code of infinity (NaN where there is none).
 _KINDS = {"F8_E4M3": (3, 7, 0x7E, 0x7F), "F8_E5M2": (2, 15, 0x7B, 0x7C)}
-
-
-@dataclass
-class Rounding:
-    """Errors of rounding values to codes: sums over elements, which add up."""
-
-    elements: int = 0
-    largest: float = 0.0  # |value - code * scale|
-    squares: float = 0.0  # of the errors
-    value_squares: float = 0.0
-
-    def add(self, other: "Rounding") -> None:
-        self.elements += other.elements
-        self.largest = max(self.largest, other.largest)
-        self.squares += other.squares
-        self.value_squares += other.value_squares
-
-    @property
-    def rms(self) -> float:
-        """Root of the mean squared error."""
-        return math.sqrt(self.squares / max(self.elements, 1))
-
-    @property
-    def relative(self) -> float:
-        """Root mean square of the errors as a share of that of the values."""
-        return math.sqrt(self.squares / self.value_squares) if self.value_squares else 0.0
 
 
 def block_sizes(values: Array, encoding: Encoding) -> Array:

@@ -1,10 +1,9 @@
 """The stored form of a quantised output tensor."""
 
-from dataclasses import dataclass
-
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.merge.read.entries import DecodedEntry
 from merit_fast.merge.read.quantised.codes import CODES, stem_of
+from merit_fast.records import record
 
 BLOCK = 128
 # Dtypes of scales that are written; 8 bits are E8M0.
@@ -12,7 +11,7 @@ SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 _CODES = ("F8_E4M3", "F8_E5M2")
 
 
-@dataclass(frozen=True)
+@record
 class Encoding:
     """8-bit floats with a scale per block: value[i, j] ~ code[i, j] * scale[block of i, j].
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from merit_fast.errors import InputError
@@ -23,6 +22,7 @@ from merit_fast.merge.read.entries import (
     quantised_source,
 )
 from merit_fast.merge.read.quantised.codes import stem_of
+from merit_fast.records import record
 
 Untouched = Callable[[str, Sequence[TensorEntry]], bool]
 # Weights that are nn.Linear in every model of transformers that has them. Others stay as they are.
@@ -34,7 +34,7 @@ _OTHER_TOWERS = re.compile(r"(.*[._])?(vision|visual|audio|image|speech)[a-z_]*\
 _EXPERTS = re.compile(r"(.*\.experts)\..*")
 
 
-@dataclass(frozen=True)
+@record
 class Form:
     """How one output tensor is stored: encoded afresh, or copied byte for byte."""
 

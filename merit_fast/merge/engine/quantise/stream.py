@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,14 @@ from merit_fast.merge.engine.plan import Segment
 from merit_fast.merge.engine.quantise.encode import (
     Array,
     Codes,
-    Rounding,
     encode_rows,
     raise_sizes,
     round_scales,
 )
 from merit_fast.merge.engine.quantise.encoding import Encoding
 from merit_fast.merge.engine.quantise.needs import SLAB_BYTES, VALUE_BYTES
+from merit_fast.merge.engine.quantise.rounding import Rounding
+from merit_fast.records import record, replace
 
 Slab = tuple[int, int, int]  # first row, rows, row of blocks
 
@@ -71,11 +71,11 @@ def encode_tensor(
                 is_native,
             )
             for rounding in place.encode(pool):
-                total.add(rounding)
+                total += rounding
     return total
 
 
-@dataclass(frozen=True)
+@record
 class _Matrix:
     """Where one matrix lies: its values in the scratch file, its codes and scales in the output."""
 

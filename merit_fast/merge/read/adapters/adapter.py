@@ -1,7 +1,5 @@
 """An adapter directory: its config and its tensors by what they do."""
 
-from dataclasses import dataclass
-
 from merit_fast.errors import InputError
 from merit_fast.merge.read.adapters.config import AdapterConfig, read_config
 from merit_fast.merge.read.adapters.folder import ADAPTER_CONFIG
@@ -9,9 +7,10 @@ from merit_fast.merge.read.adapters.keys import Parts, split_keys
 from merit_fast.merge.read.checkpoint import ADAPTER_FILE, pickle_hint, read_files
 from merit_fast.merge.read.files import list_directory
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record
 
 
-@dataclass(frozen=True)
+@record
 class Adapter:
     """An adapter directory. A whole tensor replaces the base's, before the low-rank change."""
 

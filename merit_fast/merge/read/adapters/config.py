@@ -4,7 +4,6 @@ Hu et al. 2021, arXiv 2106.09685; rank-stabilised scaling: Kalajdzievski 2023, a
 """
 
 import math
-from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from merit_fast.errors import InputError
@@ -13,6 +12,7 @@ from merit_fast.merge.read.files import quote, read_json
 from merit_fast.merge.read.remote import Location
 from merit_fast.options.fields import require
 from merit_fast.options.parser import parse
+from merit_fast.records import field, fields, record
 
 # Keys without consequence for the merged weights: names of modules stand in the weights' file.
 _WITHOUT_CONSEQUENCE = (
@@ -53,7 +53,7 @@ _MAX_NUMBER = 2**53
 _NO_CHANGE: tuple[Any, ...] = (None, False, [], {})
 
 
-@dataclass(frozen=True)
+@record
 class AdapterConfig:
     """Keys of adapter_config.json that enter the weights."""
 

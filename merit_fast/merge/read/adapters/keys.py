@@ -13,11 +13,11 @@ outermost has none, and each wraps one parameter of the module.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 
 from merit_fast.errors import InputError
 from merit_fast.kernels.average.dtypes import FLOAT_DTYPES
 from merit_fast.merge.read.entries import TensorEntry
+from merit_fast.records import record, replace
 
 PREFIX = "base_model.model."
 _PART = re.compile(
@@ -33,7 +33,7 @@ _INSIDE_ATTENTION = ".base_layer.out_proj"
 _KINDS = ("a", "b", "bias", "magnitude", "rows")
 
 
-@dataclass(frozen=True)
+@record
 class Layer:
     """The factors of one LoRA wrapper."""
 
@@ -50,7 +50,7 @@ class Layer:
         return self.a.name.endswith("lora_embedding_A")
 
 
-@dataclass(frozen=True)
+@record
 class Parts:
     """An adapter's tensors by what they do."""
 

@@ -1,7 +1,6 @@
 """An adapter put on its base: a checkpoint of the base's tensors with the adapter's changes."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from typing import Any
 
 from merit_fast.errors import InputError
@@ -17,6 +16,7 @@ from merit_fast.merge.read.companions import CONFIG_FILE, is_embedding
 from merit_fast.merge.read.entries import Change, ChangedEntry, Rows, TensorEntry, is_float
 from merit_fast.merge.read.files import read_json
 from merit_fast.merge.read.names.token_rows import differ_in_rows
+from merit_fast.records import fields, replace
 
 
 def put_on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:

@@ -5,7 +5,6 @@ change was trained with two matrices, so the head becomes a tensor of its own.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
@@ -14,6 +13,7 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import CONFIG_FILE, is_embedding
 from merit_fast.merge.read.entries import Change, ChangedEntry, LowRank, Rows, TensorEntry
 from merit_fast.merge.read.files import open_regular, read_json
+from merit_fast.records import replace
 
 if TYPE_CHECKING:
     from merit_fast.merge.read.adapters.adapter import Adapter

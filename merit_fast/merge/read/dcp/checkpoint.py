@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import BinaryIO
 
 from merit_fast.errors import InputError
@@ -27,9 +26,10 @@ from merit_fast.merge.read.entries import AssembledEntry, Part, TensorEntry
 from merit_fast.merge.read.files import folder_of, open_regular, size_of
 from merit_fast.merge.read.headers import check_name
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record
 
 
-@dataclass(frozen=True)
+@record
 class DistributedCheckpoint(Checkpoint):
     """A checkpoint that lies in chunks.
 

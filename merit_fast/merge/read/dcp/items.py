@@ -23,6 +23,7 @@ LOCAL = struct.Struct("<4s5H3I2H")
 _TAIL = 4096  # holds directory and end record of what torch writes
 _MAX_DIRECTORY = 1 << 16
 _MAX_DATA_PICKLE = 1 << 16
+_FOLDER = 0x10  # among the attributes of a file
 FULL = 0xFFFFFFFF
 
 
@@ -116,6 +117,7 @@ class _Item:
             method = fields[4]
             packed, num_bytes = fields[8:10]
             lengths = fields[10:13]
+            attributes = fields[15]
             header = fields[16]
             at += CENTRAL.size
             name = directory[at : at + lengths[0]].decode("utf-8", "replace")
@@ -125,6 +127,8 @@ class _Item:
                 packed, num_bytes, header = _large(extra, packed, num_bytes, header)
             if method != 0 or packed != num_bytes:
                 raise InputError(f"{self.where}: {quote(name)}: must be stored, is compressed")
+            if attributes & _FOLDER:  # torch reads nothing then, and gives what the memory held
+                raise InputError(f"{self.where}: {quote(name)}: must be a file, is a folder")
             records[name.partition("/")[2]] = _Record(num_bytes, self.first + header)
         return records
 

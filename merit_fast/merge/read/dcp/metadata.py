@@ -11,6 +11,7 @@ from merit_fast.merge.read.dcp.values import Global, Made, Pairs
 from merit_fast.merge.read.files import open_regular, quote, size_of
 from merit_fast.merge.read.headers import check_name
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record
 
 METADATA_FILE = ".metadata"
 CHECKPOINT = "torch.distributed.checkpoint.metadata"
@@ -69,7 +70,7 @@ class Chunk:
         return 0 not in self.sizes
 
 
-@dataclass(frozen=True)
+@record
 class SavedTensor:
     """One tensor. ``place`` holds the keys of the state dict that lead to it."""
 
@@ -80,7 +81,7 @@ class SavedTensor:
     place: Place
 
 
-@dataclass(frozen=True)
+@record
 class SavedBytes:
     """A value that is no tensor, as a pickle."""
 
@@ -89,7 +90,7 @@ class SavedBytes:
     place: Place
 
 
-@dataclass(frozen=True)
+@record
 class Metadata:
     """A parsed ``.metadata``. ``root`` is the pickle's value, for a writer."""
 

@@ -5,12 +5,12 @@ its parts.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from merit_fast.errors import InputError, show
 from merit_fast.merge.read.files import is_directory, list_directory, open_regular, parse_json
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _LIBRARIES = ("sentence_transformers", "diffusers", "transformers", "None")
@@ -18,7 +18,7 @@ MODULES_FILE = "modules.json"
 INDEX_OF_MODELS = "model_index.json"
 
 
-@dataclass(frozen=True)
+@record
 class SeveralModels:
     """A folder of several models. Parts are sub-folders with weights; "" is the folder itself.
 

@@ -1,13 +1,13 @@
 """Adapters on a base whose file has other names, or another cut, than the model in memory."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from merit_fast.merge.read.adapters.adapter import Adapter
 from merit_fast.merge.read.adapters.on_base import put_on_base
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.names.modules import ModuleNames, module_names
+from merit_fast.records import replace
 
 
 def put_on_named_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:

@@ -5,12 +5,12 @@ Each function is the counterpart of an operation of transformers.core_model_load
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 from merit_fast.merge.read.entries import Part, TensorEntry
+from merit_fast.records import record, replace
 
 
-@dataclass(frozen=True)
+@record
 class View:
     """A tensor of ``shape`` whose elements lie in ``parts``, each in one."""
 

@@ -1,13 +1,13 @@
 """Tied and untied output heads of several models, decided by values and configs."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.companions import find_embedding, find_head, head_name, same_bytes
 from merit_fast.merge.read.entries import TensorEntry, is_plain
+from merit_fast.records import replace
 
 if TYPE_CHECKING:
     from merit_fast.merge.read.names.model_class import ModelClass

@@ -1,12 +1,12 @@
 """Models that name or cut their tensors differently, in the names of one of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.entries import TensorEntry
+from merit_fast.records import replace
 
 if TYPE_CHECKING:
     from merit_fast.merge.read.names.model_class import ModelClass

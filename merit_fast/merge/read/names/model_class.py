@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from merit_fast.merge.read.files import folder_of, list_directory, read_json
 from merit_fast.merge.read.names.rules import LEGACY, Rule, conversion_map, rules_of
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record, replace
 
 _CONFIG_FILE = "config.json"
 # Language models of multimodal models, and the plain ones that have the same tensors.
@@ -20,7 +20,7 @@ _SAME_TENSORS = {
 }
 
 
-@dataclass(frozen=True)
+@record
 class Submodel:
     """A model inside a model. ``section``: the key of its config in config.json, or ""."""
 
@@ -31,7 +31,7 @@ class Submodel:
     is_free: bool  # the section's model_type chooses the class
 
 
-@dataclass(frozen=True)
+@record
 class ModelClass:
     """A class of transformers with the models of one config.json.
 

@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from merit_fast.merge.read.names.boxes import View, contiguous, whole
 from merit_fast.merge.read.names.conversions import ConversionError, convert
 from merit_fast.merge.read.names.model_class import ModelClass, model_class
 from merit_fast.merge.read.names.rules import Renamer, Rule, natural_order, numberless
+from merit_fast.records import replace
 
 Shape = tuple[int, ...]
 

@@ -11,11 +11,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from merit_fast.records import record
+
 LEGACY = "legacy"  # rules of every model
 _LONGEST = 256  # characters of a name that rules search: a hostile one may cost no more
 
 
-@dataclass(frozen=True)
+@record
 class Rule:
     """A change of names. With ``operations`` it also joins, cuts or turns tensors.
 

@@ -9,11 +9,11 @@ default                 the whole of any other model
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.names.model_class import ModelClass
 from merit_fast.merge.read.names.modules import ModuleNames
+from merit_fast.records import record, replace
 
 TEXT = "text_decoder"
 _PROJECTOR = "multi_modal_projector"
@@ -32,7 +32,7 @@ def towers_of(names: ModuleNames) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
+@record
 class Tower:
     """One tower of a model. ``towers``: that of every tensor in the file of ``donor``."""
 

@@ -6,11 +6,11 @@ Usual are model.safetensors.index.json and model.safetensors. Others are transfo
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.files import quote
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -20,7 +20,7 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _NO_MODEL = re.compile(r"(adapter_model|optimizer|optim|scheduler|random_states|ema).*")
 
 
-@dataclass(frozen=True)
+@record
 class WeightFiles:
     """The ``index`` that names the files, or the ``files``. ``note`` says which were taken."""
 

@@ -1,9 +1,8 @@
 """Names as wrappers of training loops write them: compiled, distributed, checkpointed modules."""
 
-from dataclasses import replace
-
 from merit_fast.errors import InputError
 from merit_fast.merge.read.checkpoint import Checkpoint
+from merit_fast.records import replace
 
 # torch.compile, FSDP and activation checkpointing; no module of a model has such a name.
 _INSIDE = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
@@ -16,6 +15,8 @@ def without_wrappers(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         InputError: two tensors differ in wrappers only.
     """
+    if not _may_be_wrapped(checkpoint):
+        return checkpoint
     names = {name: _inner(name) for name in checkpoint.tensors}
     removed = sorted({part for name in names for part in name.split(".")} & _INSIDE)
     while all(name.startswith(_AROUND) for name in names.values()):
@@ -35,6 +36,13 @@ def without_wrappers(checkpoint: Checkpoint) -> Checkpoint:
     shards = tuple((file, tuple(names[name] for name in held)) for file, held in checkpoint.shards)
     note = f"{checkpoint.path}: names are read without {', '.join(dict.fromkeys(removed))}"
     return replace(checkpoint, tensors=tensors, shards=shards, notes=(*checkpoint.notes, note))
+
+
+def _may_be_wrapped(checkpoint: Checkpoint) -> bool:
+    """Whether a wrapper's name stands anywhere in the names, found without a look at each part."""
+    text = "\n".join(checkpoint.tensors)
+    first = next(iter(checkpoint.tensors), "")
+    return first.startswith(_AROUND) or any(part in text for part in _INSIDE)
 
 
 def _inner(name: str) -> str:

@@ -6,11 +6,12 @@ the FNUZ floats have one zero and one NaN, and an exponent bias that is larger b
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 
+from merit_fast.records import record
 
-@dataclass(frozen=True)
+
+@record
 class Code:
     """A kind of number. ``value`` maps a code below 2^bits to its value."""
 

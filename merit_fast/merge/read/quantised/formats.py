@@ -1,8 +1,7 @@
 """The table of quantised formats. A new format is a row."""
 
-from dataclasses import dataclass
-
 from merit_fast.merge.read.quantised.scheme import COMPRESSED_TENSORS, FP8_METHODS
+from merit_fast.records import record
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _E8M0 = ("F8_E8M0", "U8")
@@ -13,7 +12,7 @@ _FP8_SCALES = ("{}_scale_inv", "{}_scale", "{module}.scale_inv", "{module}.scale
 )
 
 
-@dataclass(frozen=True)
+@record
 class Format:
     """One form of a quantised tensor in a file.
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 
 from merit_fast.errors import InputError
 from merit_fast.merge.option_names import OptionError
@@ -13,6 +12,7 @@ from merit_fast.merge.read.quantised.codes import FLOAT_CODES
 from merit_fast.merge.read.quantised.formats import FORMATS, LAYER_SCALES
 from merit_fast.merge.read.quantised.scheme import read_scheme
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import replace
 
 _CODE_DTYPES = {dtype for form in FORMATS for dtype in form.stored}
 # Names that mean a quantised tensor; a checkpoint in which nobody uses one is not understood.
@@ -32,6 +32,7 @@ _FOREIGN = {
     "codebooks": "AQLM",
 }
 _BLOCKS = re.compile(r".*_(blocks|scales)")
+_PLAIN = ("weight", "bias")  # endings of nearly all names, which mean no part of a quantised tensor
 
 
 def join_scales(checkpoint: Checkpoint, unscaled: bool = False) -> Checkpoint:
@@ -95,6 +96,8 @@ def _check_left(left: Iterable[TensorEntry], stored: Mapping[str, TensorEntry]) 
     """Refuses tensors that belong to a quantised one by their names, which nobody has read."""
     for entry in left:
         ending = entry.name.rpartition(".")[2]
+        if ending in _PLAIN and entry.dtype != "F8_E8M0":
+            continue
         where = f"{entry.file}: {entry.name}"
         if ending in _FOREIGN:
             known = ", ".join(form.name for form in FORMATS)

@@ -3,7 +3,6 @@
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.entries import AssembledEntry, DecodedEntry, Grid, Part, TensorEntry
@@ -12,6 +11,7 @@ from merit_fast.merge.read.quantised.codes import CODES, stem_of
 from merit_fast.merge.read.quantised.formats import FORMATS, LAYER_SCALES, Format
 from merit_fast.merge.read.quantised.grids import find_grid
 from merit_fast.merge.read.quantised.scheme import Scheme
+from merit_fast.records import record, replace
 
 _WEIGHT = ".weight"
 _WORD_BITS = 32
@@ -23,7 +23,7 @@ class MisfitError(Exception):
     """A format whose names fit and whose shapes or dtypes do not."""
 
 
-@dataclass(frozen=True)
+@record
 class _Found:
     """Stored tensors of one quantised tensor, by the names of a format's row."""
 

@@ -1,12 +1,12 @@
 """quantization_config of a model: the method by name, and what its tensors cannot tell."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from merit_fast.errors import InputError
 from merit_fast.merge.read.files import quote, read_json
 from merit_fast.merge.read.remote import Location
+from merit_fast.records import record
 
 KEY = "quantization_config"
 MODELOPT_FILE = "hf_quant_config.json"
@@ -17,7 +17,7 @@ METHODS = (*FP8_METHODS, "mxfp4", COMPRESSED_TENSORS, MODELOPT, "modelopt_fp4")
 _FP8_BLOCK = (128, 128)  # transformers' default for quant_method fp8
 
 
-@dataclass(frozen=True)
+@record
 class Scheme:
     """The part of a quantization config that decides how tensors are read.
 

@@ -1,7 +1,6 @@
 """One tensor as ``torch.save`` writes it: a zip of stored records, the tensor's bytes the last."""
 
 import struct
-from dataclasses import dataclass
 from functools import lru_cache
 from zlib import crc32
 
@@ -10,6 +9,7 @@ from merit_fast.merge.read.dcp.items import CENTRAL, END, END64, FULL, LOCAL, LO
 from merit_fast.merge.read.dcp.values import PERSISTENT, Global, Made
 from merit_fast.merge.read.dcp.views import STORAGES
 from merit_fast.merge.write.distcp.pickles import write_pickle
+from merit_fast.records import record
 
 ALIGNMENT = 64  # of a tensor's first byte, as in torch
 _ROOT = "archive/"
@@ -18,7 +18,7 @@ _VERSION = 45  # of the zip format, with sizes of 64 bits
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 
 
-@dataclass(frozen=True)
+@record
 class ItemForm:
     """The bytes around a tensor's own, and where the checksum of those must be filled in."""
 

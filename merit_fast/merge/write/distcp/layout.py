@@ -13,6 +13,7 @@ from merit_fast.merge.read.checkpoint import Checkpoint
 from merit_fast.merge.read.dcp.checkpoint import DistributedCheckpoint
 from merit_fast.merge.read.dcp.metadata import Item, Place, SavedBytes, SavedTensor
 from merit_fast.merge.write.distcp.items import ALIGNMENT, item_form
+from merit_fast.records import record
 
 Sizes = tuple[int, ...]
 _BLOCK_BYTES = 1 << 20
@@ -32,7 +33,7 @@ class PlacedChunk:
     start: int  # first byte of the values, from the start of the file
 
 
-@dataclass(frozen=True)
+@record
 class DistributedFile:
     """One shard. It is the ``Frame`` of its chunks' bytes."""
 
@@ -57,7 +58,7 @@ class DistributedFile:
                     written.result()
 
 
-@dataclass(frozen=True)
+@record
 class DistributedLayout:
     """All shards; for each tensor's name in the plan, its name and keys in the state dict."""
 

@@ -1,15 +1,15 @@
 """The shards of a distributed checkpoint as runs of elements for the engine."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from merit_fast.kernels.average.dtypes import ITEM_BYTES
-from merit_fast.merge.engine.layout import OutputFile, header_bytes
+from merit_fast.merge.engine.layout import OutputFile
 from merit_fast.merge.engine.plan import Plan, Rule, Segment, Shard, plan_alone
 from merit_fast.merge.read.dcp.boxes import box_of
 from merit_fast.merge.read.entries import TensorEntry, is_float
 from merit_fast.merge.write.distcp.layout import DistributedFile, DistributedLayout, PlacedChunk
+from merit_fast.records import replace
 
 WHOLE_FOLDER = "whole"  # of an unfinished output, for tensors whose rule needs all of their chunks
 _COPY: Rule = (1.0,)
@@ -77,7 +77,7 @@ def _written(files: tuple[OutputFile, ...], folder: Path) -> dict[str, tuple[Ten
     """The tensors of safetensors files that are still to be written."""
     entries: dict[str, tuple[TensorEntry, ...]] = {}
     for file in files:
-        at = len(header_bytes(file))
+        at = len(file.header)
         for tensor in file.tensors:
             path = folder / file.name
             entry = TensorEntry(tensor.name, tensor.dtype, tensor.shape, path, at, tensor.num_bytes)

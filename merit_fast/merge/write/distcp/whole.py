@@ -1,11 +1,10 @@
 """Whole tensors that are written first, where a method looks at more than one chunk."""
 
-from dataclasses import replace
-
 from merit_fast.errors import InputError
 from merit_fast.merge.engine.plan import Plan
 from merit_fast.merge.write.distcp.plan import WHOLE_FOLDER
 from merit_fast.merge.write.shards import ShardWriter, Share
+from merit_fast.records import replace
 
 
 def write_whole_tensors(plan: Plan, writer: ShardWriter, share: Share = (1, 1)) -> None:

@@ -4,11 +4,13 @@
 
 Damages a .metadata or a shard that torch wrote, some bytes, opcodes or numbers at a time. The
 reader must take it or refuse it on one line within two seconds. What it takes and torch loads too
-must have the same values. test_fuzz_distributed.py runs it for some hundred inputs.
+must have the same values. An input for which that does not hold is kept in the current directory.
+test_fuzz_distributed.py runs it for some hundred inputs.
 """
 
 import argparse
 import random
+import shutil
 import struct
 import tempfile
 import time
@@ -127,7 +129,12 @@ def fuzz(root: Path, rng: random.Random, rounds: int, seconds: float) -> Counter
         for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
             data = damage(data, rng)
         file.write_bytes(data)
-        counts[check(folder)] += 1
+        try:
+            counts[check(folder)] += 1
+        except BaseException:
+            found = Path(tempfile.mkdtemp(prefix="finding", dir=Path.cwd())) / "checkpoint"
+            print(f"seen in {shutil.copytree(folder, found)}, {file.name} is damaged")
+            raise
         file.write_bytes(seeds[file])
     return counts
 

@@ -1,0 +1,1 @@
+"""The commands on the units of a run."""

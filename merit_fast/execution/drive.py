@@ -1,0 +1,186 @@
+"""Drives a run: starts units as their needs are met, until the run is finished.
+
+The output's files decide what is done. So a driver that dies is started again by the same command,
+on any machine; units that still run are waited for by their locks.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from merit_fast.errors import InputError, MeritFastError
+from merit_fast.execution.board import Board
+from merit_fast.execution.command import Ended, UnitCommand, unit_command
+from merit_fast.manifests.ledger import UNITS_FOLDER
+from merit_fast.pipeline.config import RunConfig, write_run_config
+from merit_fast.pipeline.outputs import Outputs
+from merit_fast.pipeline.run import Run
+from merit_fast.pipeline.units.listing import CONFIG_FILE
+from merit_fast.progress import Progress
+from merit_fast.units import human_bytes, human_time
+
+JOURNAL = "units.jsonl"  # in UNITS_FOLDER: a line for each start and end, of the last driver too
+RETRIES = 2
+PATIENCE_S = 20.0  # until another machine's rename must be seen here
+
+
+class Executor(Protocol):
+    """Somewhere to run units."""
+
+    threads: int | None  # CPU threads of a unit; None: as many as torch takes
+    processes: int  # of a training, by torchrun
+
+    def room(self) -> int:
+        """Number of units that can start now."""
+        ...
+
+    def start(self, command: UnitCommand) -> None: ...
+
+    def wait(self) -> list[Ended]:
+        """Units that have ended since the last call; waits for one."""
+        ...
+
+    def stop(self) -> None:
+        """Ends all units that run."""
+        ...
+
+
+def drive(
+    config: RunConfig,
+    executor: Executor,
+    progress: Progress,
+    command: str,
+    *,
+    verify: bool = False,
+    retries: int = RETRIES,
+) -> dict[str, Any]:
+    """Checks a whole run, lets ``executor`` do its units, and returns ``Run.summary()``.
+
+    A unit that dies is started again, ``retries`` times. Bad input ends the run at once.
+
+    Raises:
+        MeritFastError: a unit has failed; the message names its log. Other units end first, with
+            their work kept.
+    """
+    run = Run(config, progress, command, verify=verify)
+    run.preflight()
+    folder = Path(config.output) / UNITS_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    settled = run.config  # a dtype that is "auto" is this machine's everywhere
+    write_run_config(settled, folder / CONFIG_FILE)
+    board = Board(lambda: Outputs(settled, command, verify))
+    with _stopped_at_the_end(executor):
+        Driver(board, executor, progress, folder, retries).run()
+    return Run(config, progress, command).summary()
+
+
+class Driver:
+    """The loop of ``drive``.
+
+    Args:
+        board: the run's units.
+        executor: runs them.
+        progress: gets a note for each.
+        folder: for the journal and the logs.
+        retries: times that a unit that dies is started again.
+    """
+
+    def __init__(
+        self, board: Board, executor: Executor, progress: Progress, folder: Path, retries: int
+    ) -> None:
+        self.board = board
+        self.executor = executor
+        self.progress = progress
+        self.folder = folder
+        self.retries = retries
+        self.running: dict[str, float] = {}  # unit -> its start
+        self.failures: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Runs until no unit is missing.
+
+        Raises:
+            MeritFastError: a unit has failed for good.
+        """
+        while self.board.missing:
+            self.start_ready()
+            for result in self.executor.wait():
+                self.settle(result)
+
+    def start_ready(self) -> None:
+        """Starts as many units as there is room for."""
+        for name in self.board.ready(self.running):
+            if self.executor.room() <= 0:
+                return
+            log = self.folder / "logs" / f"{name.replace('/', '.')}.log"
+            command = unit_command(
+                name,
+                self.folder / CONFIG_FILE,
+                log,
+                self.executor.threads,
+                self.executor.processes,
+            )
+            self.running[name] = time.monotonic()
+            self._write({"event": "start", "unit": name})
+            self.executor.start(command)
+
+    def settle(self, result: Ended) -> None:
+        """Takes in the end of a unit.
+
+        Raises:
+            InputError, MeritFastError: it has failed for good.
+        """
+        name = result.unit
+        seconds = time.monotonic() - self.running.pop(name)
+        self._write({"event": "end", "seconds": round(seconds, 3), **asdict(result)})
+        if result.code == 0 and self._is_seen(name):
+            self.board.refresh(name)
+            self.progress.note(self._sentence(result, seconds))
+            return
+        log = self.folder / "logs" / f"{name.replace('/', '.')}.log"
+        if result.code == 0:
+            text = f"ended on {result.host} without its output"
+        else:
+            text = result.text or f"ended with exit code {result.code}"
+        if result.is_bad_input:
+            raise InputError(f"{name}: {text.removeprefix('error: ')}")
+        self.failures[name] = self.failures.get(name, 0) + 1
+        if self.failures[name] > self.retries:
+            raise MeritFastError(f"{name}: {text}; its log: {log}")
+        self.progress.note(f"{name}: {text}; starting it again")
+
+    def _is_seen(self, name: str) -> bool:
+        """Whether the output is here; another machine's rename may take seconds to be seen."""
+        end = time.monotonic() + PATIENCE_S
+        while not self.board.is_done(name):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.5)
+        return True
+
+    def _sentence(self, result: Ended, seconds: float) -> str:
+        counts = self.board.counts
+        answer = result.answer or {}
+        moved = answer.get("read_bytes", 0) + answer.get("written_bytes", 0)
+        return (
+            f"{result.unit}: done in {human_time(seconds)} on {result.host}, "
+            f"{human_bytes(moved)} moved; {counts.done} of {counts.total} units"
+        )
+
+    def _write(self, event: dict[str, Any]) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": now, **event}) + "\n")
+
+
+@contextmanager
+def _stopped_at_the_end(executor: Executor) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        executor.stop()

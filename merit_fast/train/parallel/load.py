@@ -1,0 +1,177 @@
+"""Loads a divided model: each process reads its own rows of every weight from the files."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from merit_fast.errors import InputError
+from merit_fast.model import DTYPES, auto_class, is_adapter, settle_dtype, weight_files
+from merit_fast.model.dtype import Dtype
+from merit_fast.train.parallel.files import fill_tensor
+from merit_fast.train.parallel.pieces import own_part
+from merit_fast.train.parallel.ranks import Ranks
+from merit_fast.train.parallel.shards import KEY, divided_layers
+
+# Buffers that older files hold and newer models compute.
+_COMPUTED = (".inv_freq", "position_ids")
+
+
+def make_hollow_model(path: str, dtype: Dtype) -> Any:
+    """The model of a folder with parameters on the device "meta" and real buffers.
+
+    Raises:
+        InputError: a weight of the model has no tensor of its name and shape in the files, or the
+            reverse; the files are quantised, or an adapter's; see ``divided_layers``.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    if is_adapter(Path(path)):
+        raise InputError(f"{KEY}: must be none for a start that is an adapter, got {path}")
+    config = AutoConfig.from_pretrained(path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{KEY}: must be none for quantised weights, as those of {path}")
+    kind = getattr(torch, DTYPES[settle_dtype(dtype)])
+    with _parameters_on_meta():
+        model = auto_class(config).from_config(config, dtype=kind)
+    if (Path(path) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    _check_dtypes(model, kind)
+    divided_layers(model)
+    _check_names(model, stored_names(Path(path)), path)
+    return model.eval()
+
+
+def stored_names(folder: Path) -> dict[str, Path]:
+    """The file of every tensor of a checkpoint.
+
+    Raises:
+        InputError: it has no safetensors files.
+    """
+    names: dict[str, Path] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            names |= dict.fromkeys(opened.keys(), file)
+    return names
+
+
+def fill_model(model: nn.Module, path: str, ranks: Ranks) -> None:
+    """Gives a divided model on "meta" its weights, by rows of the files.
+
+    Raises:
+        InputError: a tensor does not fit, or two copies of a tied weight differ.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    files = stored_names(Path(path))
+    with contextlib.ExitStack() as stack:
+        opened = {
+            file: stack.enter_context(safe_open(file, framework="pt")) for file in {*files.values()}
+        }
+
+        def fill(name: str, tensor: Tensor) -> None:
+            fill_tensor(opened[files[name]], name, tensor, ranks, files[name])
+
+        for names in _names_of_parameters(model).values():
+            parameter = _on_device(model.get_parameter(names[0]), device)
+            first, *copies = [name for name in names if name in files]
+            fill(first, parameter)
+            for copy in copies:
+                other = _on_device(parameter, device)
+                fill(copy, other)
+                _check_equal(first, copy, parameter, other, ranks)
+            for name in names:
+                owner, _, last = name.rpartition(".")
+                setattr(model.get_submodule(owner), last, parameter)
+        for name, buffer in _stored_buffers(model, files).items():
+            fill(name, buffer)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Lets modules keep parameters without values; buffers are computed as ever."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one has been seen before
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _check_dtypes(model: Any, dtype: torch.dtype) -> None:
+    """Refuses weights that transformers loads in float32 next to others in bfloat16."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None)
+    other = next((name for name, p in model.named_parameters() if p.dtype != dtype), None)
+    if other is not None or (kept and dtype != torch.float32):
+        name = other or sorted(kept or ())[0]
+        raise InputError(
+            f"{KEY}: must be none or train.dtype fp32, this model keeps {name} in fp32"
+        )
+
+
+def _check_names(model: nn.Module, files: Mapping[str, Path], path: str) -> None:
+    """Checks that files and model have the same names, so that nothing must be converted."""
+    known = set()
+    for names in _names_of_parameters(model).values():
+        known |= {*names}
+        if not any(name in files for name in names):
+            raise InputError(
+                f"{KEY}: must be none, transformers converts the files of {path} for this model, "
+                f"which have no {names[0]}"
+            )
+    known |= _stored_buffers(model, files).keys()
+    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []))
+    for name in files.keys() - known:
+        if name.endswith(_COMPUTED) or (ignored.pattern and ignored.search(name)):
+            continue
+        raise InputError(f"{KEY}: must be none, no weight of this model reads {name} of {path}")
+
+
+def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter; a tied one has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def _stored_buffers(model: nn.Module, files: Mapping[str, Path]) -> dict[str, Tensor]:
+    kept = model.state_dict().keys()
+    return {name: b for name, b in model.named_buffers() if name in kept and name in files}
+
+
+def _on_device(parameter: Any, device: torch.device) -> nn.Parameter:
+    """A parameter without values on a device, divided as the given one."""
+    part = torch.empty_like(own_part(parameter), device=device)
+    divided: Any = DTensor.from_local(
+        part,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return nn.Parameter(divided, parameter.requires_grad)
+
+
+def _check_equal(first: str, copy: str, one: Tensor, other: Tensor, ranks: Ranks) -> None:
+    differs = torch.tensor([int(not torch.equal(own_part(one), own_part(other)))])
+    ranks.add(differs)
+    if differs.item():
+        raise InputError(
+            f"{KEY}: must be none, the model ties {first} and {copy}, whose stored values differ"
+        )

@@ -1,0 +1,125 @@
+"""The driver: it starts what can start, starts again what dies, and trusts only the files."""
+
+import json
+
+import pytest
+from support.runs import Notes
+
+from merit_fast.errors import InputError, MeritFastError
+from merit_fast.execution.board import Board
+from merit_fast.execution.command import Ended
+from merit_fast.execution.drive import JOURNAL, Driver
+
+
+class FakeBoard(Board):
+    """a and b come first, c needs both; a unit is done when its name is in ``files``."""
+
+    def __init__(self):
+        self.files = set()
+        self.needs = {"a": (), "b": (), "c": ("a", "b")}
+        self.refresh()
+
+    def refresh(self, ended=None):
+        self.units = dict.fromkeys(self.needs)
+        self.missing = {name: None for name in self.needs if name not in self.files}
+
+    def is_done(self, name):
+        return name in self.files
+
+    def ready(self, running):
+        free = [name for name in self.missing if name not in running]
+        return [name for name in free if not any(n in self.missing for n in self.needs[name])]
+
+
+class FakeExecutor:
+    """Ends every unit by the next code that ``script`` has for it; 0 leaves its file."""
+
+    threads = 1
+    processes = 1
+
+    def __init__(self, board, script=None, workers=2):
+        self.board = board
+        self.script = script or {}
+        self.workers = workers
+        self.running = []
+        self.started = []
+        self.most = 0
+
+    def room(self):
+        return self.workers - len(self.running)
+
+    def start(self, command):
+        self.running.append(command.unit)
+        self.started.append(command.unit)
+        self.most = max(self.most, len(self.running))
+
+    def wait(self):
+        name = self.running.pop(0)
+        codes = self.script.get(name, [])
+        code = codes.pop(0) if codes else 0
+        if code == 0:
+            self.board.files.add(name)
+        text = {0: "", 2: "error: run.yml: model: must be there", -9: ""}.get(code, "failed: x")
+        return [Ended(name, 0 if code == "nothing" else code, "host", text)]
+
+    def stop(self):
+        self.running.clear()
+
+
+@pytest.fixture
+def drive(tmp_path, monkeypatch):
+    """Runs the driver's loop on a fake board."""
+    monkeypatch.setattr("merit_fast.execution.drive.PATIENCE_S", 0.0)
+
+    def drive(script=None, workers=2, board=None, **options):
+        board = board or FakeBoard()
+        executor = FakeExecutor(board, script, workers)
+        progress = Notes()
+        Driver(board, executor, progress, tmp_path, **{"retries": 2, **options}).run()
+        return executor, progress.notes
+
+    return drive
+
+
+def test_units_start_when_their_needs_are_met_and_no_more_than_there_is_room_for(drive, tmp_path):
+    executor, notes = drive()
+    assert executor.started == ["a", "b", "c"] and executor.most == 2
+    assert drive(workers=1)[0].most == 1
+    assert notes[-1].startswith("c: done in ") and notes[-1].endswith("3 of 3 units")
+    events = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().splitlines()]
+    assert [(e["event"], e["unit"]) for e in events[:3]] == [
+        ("start", "a"),
+        ("start", "b"),
+        ("end", "a"),
+    ]
+    assert events[2]["code"] == 0 and events[2]["host"] == "host" and "seconds" in events[2]
+
+
+def test_a_unit_that_dies_is_started_again(drive):
+    executor, notes = drive({"a": [-9, 1]})
+    assert executor.started == ["a", "b", "a", "a", "c"]
+    assert "a: ended with exit code -9; starting it again" in notes
+
+
+def test_a_unit_that_dies_too_often_ends_the_run_with_its_log(drive, tmp_path):
+    with pytest.raises(MeritFastError, match=rf"a: failed: x; its log: {tmp_path}/logs/a.log"):
+        drive({"a": [1, 1, 1]})
+
+
+def test_bad_input_ends_the_run_at_once(drive):
+    with pytest.raises(InputError, match=r"^a: run.yml: model: must be there$"):
+        drive({"a": [2]})
+
+
+def test_a_unit_without_its_output_is_not_done(drive):
+    executor, notes = drive({"b": ["nothing"]})
+    assert executor.started.count("b") == 2
+    assert any("ended on host without its output" in note for note in notes)
+
+
+def test_a_driver_that_is_started_again_takes_what_is_there(drive):
+    board = FakeBoard()
+    with pytest.raises(MeritFastError):
+        drive({"b": [1]}, board=board, retries=0)
+    executor, _ = drive(board=board)
+    assert executor.started == ["b", "c"]

@@ -1,0 +1,102 @@
+"""Units as processes of this machine: slots, GPUs, logs, deaths and the end of the driver."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from merit_fast.execution.command import UnitCommand, unit_command
+from merit_fast.execution.local import LocalExecutor, workers_here
+from merit_fast.model.memory import available_memory_bytes
+
+ANSWER = 'print("noise"); print(\'{"worked": true}\')'
+
+pytestmark = pytest.mark.process
+
+
+def command(tmp_path, unit, script):
+    return UnitCommand(unit, (sys.executable, "-c", script), str(tmp_path / f"{unit}.log"))
+
+
+def is_alive(process):
+    """Whether a process of /proc is there and no zombie."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def run(executor, *commands):
+    for each in commands:
+        executor.start(each)
+    ended = []
+    while len(ended) < len(commands):
+        ended += executor.wait()
+    return {result.unit: result for result in ended}
+
+
+def test_the_result_is_the_exit_code_the_last_line_of_the_log_and_the_answer(tmp_path):
+    failing = 'import sys; print("first\\nlast", file=sys.stderr); sys.exit(3)'
+    large = "import sys; sys.stdout.write('x' * 300_000 + '\\n');" + ANSWER
+    killed = "import os; os.kill(os.getpid(), 9)"
+    units = {"good": ANSWER, "large": large, "bad": failing, "killed": killed}
+    ended = run(LocalExecutor(4), *(command(tmp_path, *unit) for unit in units.items()))
+    assert {name: result.code for name, result in ended.items()} == {
+        "good": 0,
+        "large": 0,
+        "bad": 3,
+        "killed": -9,
+    }
+    assert ended["good"].answer == {"worked": True} == ended["large"].answer
+    assert ended["bad"].text == "last" and ended["killed"].text == ""
+
+
+def test_units_at_a_time_have_gpus_of_their_own(tmp_path):
+    script = 'import os, json; print(json.dumps({"gpus": os.environ["CUDA_VISIBLE_DEVICES"]}))'
+    executor = LocalExecutor(2, gpus=["0", "1", "2", "3"], processes=2)
+    first = run(executor, *(command(tmp_path, unit, script) for unit in ("a", "b")))
+    assert executor.room() == 2
+    again = run(executor, command(tmp_path, "c", script))
+    assert {result.answer["gpus"] for result in first.values()} == {"0,1", "2,3"}
+    assert again["c"].answer["gpus"] in ("0,1", "2,3")
+
+
+def test_the_end_of_the_driver_ends_its_units_and_their_children(tmp_path):
+    child = "import subprocess, sys, time;"
+    child += f"p = subprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep(60)']);"
+    child += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(60)"
+    executor = LocalExecutor(1)
+    executor.start(command(tmp_path, "a", child))
+    end = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    executor.stop()
+    child_process = Path("/proc") / (tmp_path / "pid").read_text()
+    while is_alive(child_process):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_training_of_several_processes_starts_by_torchrun(tmp_path):
+    words = unit_command("train/merit-0", tmp_path / "c.yml", tmp_path / "log", 1, 4).words
+    assert "torch.distributed.run" in words and words[words.index("--nproc-per-node") + 1] == "4"
+    assert "torch.distributed.run" not in unit_command("split", tmp_path, tmp_path, 1, 4).words
+
+
+def test_as_many_units_as_the_machine_holds():
+    cores = len(os.sched_getaffinity(0))
+    assert workers_here(0, 1, []) == max(1, cores // 4)
+    assert workers_here(available_memory_bytes(), 1, []) == 1  # six times a model, or one at a time
+    assert workers_here(1 << 50, 2, ["0", "1", "2", "3"]) == 2  # GPUs bring their own memory
+
+
+def test_signals_reach_a_group_of_its_own(tmp_path):
+    """An interruption of the driver's terminal does not reach its units; the driver ends them."""
+    executor = LocalExecutor(1)
+    executor.start(command(tmp_path, "a", "import os; os.kill(0, 15)"))  # its own group only
+    [result] = executor.wait()
+    assert result.code == -signal.SIGTERM
