@@ -156,9 +156,23 @@ struct CodedBlock {
   }
 };
 
+// Asks for the memory of a later block: the processor looks ahead within a page of memory only.
+static inline void prefetch_block(const AdamWJob& job, const AdamWTensor& t, int64_t from) {
+  const auto ask = [from](const void* data, int bytes) {
+    const char* start = static_cast<const char*>(data) + from * bytes;
+    for (int i = 0; i < kMomentBlock * bytes; i += 64) __builtin_prefetch(start + i, 1);
+  };
+  ask(t.weight, job.weight_bf16 ? 2 : 4);
+  ask(t.grad, job.grad_bf16 ? 2 : 4);
+  ask(t.exp_avg, 1);
+  ask(t.exp_avg_sq, 1);
+  if (t.master) ask(t.master, job.master == Master::F32 ? 4 : job.master == Master::SPLIT ? 2 : 1);
+}
+
 // Returns whether a weight won over its master.
 static bool update_coded_block(const AdamWJob& job, const AdamWTensor& t, const RandomTable& table,
                                int64_t from, int n) {
+  prefetch_block(job, t, from + 2 * kMomentBlock);
   CodedBlock block(job, t, from, n);
   bool won = false;
   block.update_moments();
