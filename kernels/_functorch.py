@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 
@@ -26,11 +27,29 @@ def differentiable(
     transformed: Any = type("Transformed", (torch.autograd.Function,), members)
 
     def run(*arguments: Any) -> Any:
+        refuse_tangents(op._name, arguments)
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*arguments)
         return op(*arguments)
 
     return run
+
+
+def refuse_tangents(op: str, arguments: tuple[Any, ...]) -> None:
+    """Refuses forward-mode derivatives, which a custom op would leave out of its results.
+
+    Raises:
+        NotImplementedError: a tensor has a tangent, by torch.func.jvp or in a dual level.
+    """
+    if forward_ad._current_level < 0:
+        return
+    unpack: Any = forward_ad.unpack_dual
+    for x in arguments:
+        if isinstance(x, Tensor) and unpack(x).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: kernels have no forward-mode derivatives (torch.func.jvp, dual tensors); "
+                "backend='eager' has them (MERIT_FAST_BACKEND=eager in a patched model)"
+            )
 
 
 def entry_by_entry(op: Any) -> None:

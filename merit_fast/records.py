@@ -157,7 +157,7 @@ def _made(cls: Any, eq: bool, many: bool) -> Any:
     cls.__record_fields__ = listed
     cls.__record_values__ = staticmethod(_getter(tuple(listed)))
     cls.__match_args__ = tuple(listed)  # type: ignore[misc]
-    cls.__init__ = _compiled_init(listed) if many else _init
+    cls.__init__ = _compiled_init(cls, listed) if many else _init
     cls.__setattr__ = _refuse_set
     cls.__delattr__ = _refuse_delete
     cls.__replace__ = replace
@@ -220,11 +220,15 @@ def _init_some(
         raise TypeError(f"{label} has no field {next(iter(named))!r}")
 
 
-def _compiled_init(listed: Mapping[str, Field]) -> Any:
-    """``_init`` for these fields, without loops; of a class without ``__post_init__``."""
+def _compiled_init(cls: Any, listed: Mapping[str, Field]) -> Any:
+    """``_init`` for these fields, without loops."""
     known: dict[str, Any] = {"set": _set}
     heads = []
+    if hasattr(cls, "__post_init__"):
+        raise TypeError(f"{cls.__qualname__}: many goes without __post_init__")
     for name, item in listed.items():
+        if item.default_factory is not MISSING or item.kw_only:
+            raise TypeError(f"{cls.__qualname__}.{name}: many goes with plain defaults only")
         if item.default is not MISSING:
             known[f"default_{name}"] = item.default
         heads.append(name if item.default is MISSING else f"{name}=default_{name}")

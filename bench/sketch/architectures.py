@@ -1,15 +1,19 @@
 """Sketches of every causal language model of transformers, tiny, against a pass per example.
 
-    python -m bench.sketch.architectures [TYPE ...] [--only-failures]
+    python -m bench.sketch.architectures [TYPE ...] [--only-failures] [--layered]
 
 Prints one line per type: fast (formulas, and backward passes per example through single modules),
 slow (some parameters take a backward pass per example from the model's outputs), refused, wrong or
 not built; the largest error of an example's sketch; seconds of one pass with all checks. Ends with
 an error if a type is wrong or refused, or fewer are exact or fast than before.
+
+With ``--layered`` it compares ``load_layered`` with the model in memory instead: equal (the bits of
+the losses and of three sketches, and the same slow parameters), refused, wrong or not built.
 """
 
 import argparse
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -22,7 +26,10 @@ from torch.nn import functional as F
 
 from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch, flat_sketch, matrix_shape
+from merit_fast.model import load_model
+from merit_fast.model.layered.load import load_layered
 from merit_fast.patch.shrink import VOCABULARY, shrink_config
+from merit_fast.sketch.capture.layout import RepeatBatch
 from merit_fast.sketch.gradients import GradientSketcher
 from merit_fast.sketch.names import named_parameters
 
@@ -119,16 +126,54 @@ def measure(model: nn.Module, tokens: int = TOKENS, rows: int = ROWS) -> Outcome
     return Outcome("slow" if slow else "fast", worst, seconds, note)
 
 
+def measure_layered(model: nn.Module) -> Outcome:
+    """Compares a saved model layer by layer with the same in memory."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (ROWS, TOKENS), generator=generator)
+    saved: Any = model
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            saved.save_pretrained(folder)
+            whole = sketches_of(load_model(folder, "fp32"), ids)
+        except Exception as error:  # transformers cannot save it, load it or run it
+            return Outcome("not built", note=one_line(error))
+        start = time.perf_counter()
+        try:
+            layered = sketches_of(load_layered(folder, "fp32"), ids)
+        except Exception as error:
+            return Outcome("refused", note=f"{type(error).__name__}: {one_line(error)}")
+        seconds = time.perf_counter() - start
+    is_equal = all(torch.equal(a, b) for a, b in zip(whole[0], layered[0], strict=True))
+    is_equal &= whole[1] == layered[1]
+    return Outcome("equal" if is_equal else "wrong", seconds=seconds)
+
+
+def sketches_of(model: nn.Module, ids: Tensor) -> tuple[list[Tensor], dict[str, str]]:
+    """Losses and sketches of three passes, and the slow parameters."""
+    values: list[Tensor] = []
+    with GradientSketcher(
+        model, SKETCH, uncovered="autograd", notify=warnings.warn, fingerprint="tiny"
+    ) as sketcher:
+        while len(values) < 6:
+            losses = losses_of(model, ids)
+            try:
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+                values += [sketcher.take(), losses.detach()]
+            except RepeatBatch:
+                sketcher.discard()
+    return values, sketcher.slow_parameters
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def measure_type(model_type: str) -> Outcome:
+def measure_type(model_type: str, layered: bool = False) -> Outcome:
     try:
         model = build(model_type)
     except Exception as error:  # no tiny model of this type
         return Outcome("not built", note=one_line(error))
-    return measure(model)
+    return measure_layered(model) if layered else measure(model)
 
 
 def causal_types() -> list[str]:
@@ -141,21 +186,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; all if none is given")
     parser.add_argument("--only-failures", action="store_true")
+    parser.add_argument("--layered", action="store_true")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     counts = Counter[str]()
     print("| type | sketch | error | seconds | note |\n|---|---|---|---|---|", flush=True)
     for model_type in arguments.types or causal_types():
-        outcome = measure_type(model_type)
+        outcome = measure_type(model_type, arguments.layered)
         counts[outcome.kind] += 1
-        if not (arguments.only_failures and outcome.kind in ("fast", "slow")):
+        if not (arguments.only_failures and outcome.kind in ("fast", "slow", "equal")):
             print(
                 f"| {model_type} | {outcome.kind} | {outcome.error:.0e} | {outcome.seconds:.2f} | "
                 f"{outcome.note[:160]} |",
                 flush=True,
             )
     print("\n" + ", ".join(f"{number} {kind}" for kind, number in counts.most_common()))
+    if arguments.layered:
+        sys.exit("some types are wrong" if counts["wrong"] else None)
     if counts["wrong"] or counts["refused"]:
         sys.exit("some types are wrong or refused")
     exact = counts["fast"] + counts["slow"]

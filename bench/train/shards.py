@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from merit_fast.data import Batch, Example, collate
-from merit_fast.model import DTYPES, Dtype, peak_memory_bytes, reset_peak_memory
+from merit_fast.model import DTYPES, SettledDtype, peak_memory_bytes, reset_peak_memory
 from merit_fast.train.config import TrainConfig
 from merit_fast.train.optimizer import MasterAdamW
 from merit_fast.train.parallel.ranks import Ranks
@@ -42,7 +42,7 @@ class Variant:
     ranks: int
 
 
-def make_base(folder: Path, hidden: int, layers: int, dtype: Dtype) -> int:
+def make_base(folder: Path, hidden: int, layers: int, dtype: SettledDtype) -> int:
     """Writes a Llama with an embedding and a head of their own; returns its parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

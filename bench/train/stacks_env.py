@@ -1,8 +1,8 @@
-"""Environments of axolotl and LLaMA-Factory, each made once: they pin other versions than ours.
+"""Environments of axolotl, LLaMA-Factory and ms-swift, made once: they pin versions of their own.
 
     python -m bench.train.stacks_env [DIR]
 
-DIR defaults to ~/.cache/merit_fast/stacks: one environment per stack, 1 GB together. They read
+DIR defaults to ~/.cache/merit_fast/stacks: one environment per stack, 1.5 GB together. They read
 torch and everything else that a stack does not pin from this environment. Only what their parsers,
 loaders and trainers import on a CPU is installed; `tests/engines/test_real_stacks.py` runs there.
 """
@@ -60,6 +60,17 @@ ENVIRONMENTS = {
         ),
         ("llamafactory.train.tuner",),
         ("torchaudio",),
+    ),
+    "swift": Environment(
+        (
+            *("ms-swift==4.6.0", "transformers==5.6.0", "trl==0.24.0", "accelerate==1.11.0"),
+            *("peft==0.18.1", "datasets==4.8.4", "huggingface_hub==1.11.0", "tokenizers==0.22.2"),
+            *("fsspec==2026.2.0", "addict", "attrdict", "binpacking", "cpm-kernels", "dacite"),
+            *("einops", "httpcore", "httpx", "json-repair", "modelscope", "modelscope-hub"),
+            *("nltk", "oss2", "rouge", "sentencepiece", "simplejson", "sortedcontainers"),
+            *("termcolor", "tiktoken", "transformers-stream-generator", "zstandard"),
+        ),
+        ("swift.pipelines", "swift.callbacks.mapping"),
     ),
 }
 

@@ -42,42 +42,53 @@ static inline float inside_of(float x, ExpBounds bounds) {
 }
 
 // (e^x + 1) / 2, so that no finite e^x overflows; infinity from 89.07 up, 1 / 2 below -86.9.
-// e^x is within 2 units in the last place for T = float. For T = bf16, which rounds at 2^-9, one
-// step reduces the argument: the error is 2^-22 + |x| 2^-24 of e^x.
-template <class T>
+// e^x is within 2 units in the last place.
 static inline float half_of_one_plus_exp(float x) {
-  if constexpr (sizeof(T) == 4) {
-    const float inside = inside_of(x, exp_bounds);
-    const float shifted = inside * 1.44269504f + 12582912.f;
-    const float n = shifted - 12582912.f;
-    const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, inside));
-    float p = fused(1.9875691500e-4f, r, 1.3981999507e-3f);
-    p = fused(p, r, 8.3334519073e-3f);
-    p = fused(p, r, 4.1665795894e-2f);
-    p = fused(p, r, 1.6666665459e-1f);
-    p = fused(p, r, 5.0000001201e-1f);
-    p = fused(p, r * r, r) + 1.f;
-    return fused(p, power_below(shifted), 0.5f);
-  } else {
-    const float inside = inside_of(x * 1.44269504f, power_bounds);
-    const float shifted = inside + 12582912.f;
-    const float r = inside - (shifted - 12582912.f);
-    float p = fused(1.32647272e-3f, r, 9.67151281e-3f);
-    p = fused(p, r, 5.55073374e-2f);
-    p = fused(p, r, 2.40222465e-1f);
-    p = fused(p, r, 6.93146978e-1f);
-    p = fused(p, r, 1.f);
-    return fused(p, power_below(shifted), 0.5f);
-  }
+  const float inside = inside_of(x, exp_bounds);
+  const float shifted = inside * 1.44269504f + 12582912.f;
+  const float n = shifted - 12582912.f;
+  const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, inside));
+  float p = fused(1.9875691500e-4f, r, 1.3981999507e-3f);
+  p = fused(p, r, 8.3334519073e-3f);
+  p = fused(p, r, 4.1665795894e-2f);
+  p = fused(p, r, 1.6666665459e-1f);
+  p = fused(p, r, 5.0000001201e-1f);
+  p = fused(p, r * r, r) + 1.f;
+  return fused(p, power_below(shifted), 0.5f);
 }
 
-// Returns the activation of x: x times a share.
+// Coefficients of 2^r for |r| <= 1/2 within 2^-18: for bf16, which rounds at 2^-9.
+static const float kPowerOfTwo[] = {9.58284786e-3f, 5.59064326e-2f, 2.40240988e-1f, 6.93124192e-1f};
+
+// 1 + 2^x; infinity from 129 up, 1 below -126.
+static inline float one_plus_power(float x) {
+  const float inside = inside_of(x, power_bounds);
+  const float shifted = inside + 12582912.f;
+  const float r = inside - (shifted - 12582912.f);
+  float p = fused(kPowerOfTwo[0], r, kPowerOfTwo[1]);
+  p = fused(p, r, kPowerOfTwo[2]);
+  p = fused(p, r, kPowerOfTwo[3]);
+  p = fused(p, r, 1.f);
+  return fused(p * power_below(shifted), 2.f, 1.f);
+}
+
+// The activation of x is x / (1 + e^y), or x / (1 + 2^z).
+template <Activation kind>
+static inline float exponent_of(float x) {
+  return kind == Activation::GELU_TANH ? x * (-1.59576912f - 0.07135482f * (x * x)) : -x;
+}
+
+template <Activation kind>
+static inline float power_of(float x) {
+  return x * (kind == Activation::GELU_TANH ? -2.30220818f - 0.102943240f * (x * x) : -1.44269504f);
+}
+
+// Returns the activation of x.
 template <Activation kind, class T>
 static inline float activation_of(float x) {
   if constexpr (kind == Activation::GELU) return x * (0.5f * (1.f + erf_of(x * 0.70710678f)));
-  const bool cubic = kind == Activation::GELU_TANH;
-  const float below = cubic ? x * (-1.59576912f - 0.07135482f * (x * x)) : -x;
-  return 0.5f * x / half_of_one_plus_exp<T>(below);
+  if constexpr (sizeof(T) == 2) return x / one_plus_power(power_of<kind>(x));
+  return 0.5f * x / half_of_one_plus_exp(exponent_of<kind>(x));
 }
 
 struct Slope {
@@ -91,14 +102,18 @@ static inline Slope slope_of(float x) {
     const float share = 0.5f * (1.f + erf_of(x * 0.70710678f));
     return {x * share, share + x * 0.39894228f * exp_of(-0.5f * x * x)};
   } else {
-    constexpr bool cubic = kind == Activation::GELU_TANH;
-    const float below = cubic ? x * (-1.59576912f - 0.07135482f * (x * x)) : -x;
-    const float share = 0.5f / half_of_one_plus_exp<T>(below);
+    const float share = sizeof(T) == 2 ? 1.f / one_plus_power(power_of<kind>(x))
+                                       : 0.5f / half_of_one_plus_exp(exponent_of<kind>(x));
     const float value = x * share;
-    const float steep = cubic ? 1.59576912f + 0.21406445f * (x * x) : 1.f;
-    return {value, share + value * (1.f - share) * steep};
+    if constexpr (kind == Activation::SILU) return {value, fused(value, 1.f - share, share)};
+    const float steep = 1.59576912f + 0.21406445f * (x * x);
+    return {value, fused(value * (1.f - share), steep, share)};
   }
 }
+
+#if MERIT_AVX512_BF16
+#include "layers/gated_lanes.inl"
+#endif
 
 // Floats that a loop makes and another rounds: the compiler vectorizes each better than both.
 static const int64_t kGatedRun = 512;
@@ -119,28 +134,37 @@ static inline void store_rounded(const float* __restrict values, T* __restrict o
 template <Activation kind, class T>
 static inline void gated_run(const T* __restrict gate, const T* __restrict up, T* __restrict out,
                              int64_t cols) {
+  int64_t c = 0;
+#if MERIT_AVX512_BF16
+  if constexpr (in_lanes<kind, T>) c = gated_lanes<kind>(gate, up, out, cols);
+#endif
   alignas(64) float buffer[kGatedRun];
   float* __restrict values = floats_of(out, buffer);
-  for (int64_t c = 0; c < cols; c++)
-    values[c] = activation_of<kind, T>(value_of(gate[c])) * value_of(up[c]);
-  store_rounded(values, out, cols);
+  const int64_t done = c;
+  for (; c < cols; c++) values[c] = activation_of<kind, T>(value_of(gate[c])) * value_of(up[c]);
+  store_rounded(values + done, out + done, cols - done);
 }
 
 template <Activation kind, class T>
 static inline void gated_backward_run(const T* __restrict dout, const T* __restrict gate,
                                       const T* __restrict up, T* __restrict dgate,
                                       T* __restrict dup, int64_t cols) {
+  int64_t c = 0;
+#if MERIT_AVX512_BF16
+  if constexpr (in_lanes<kind, T>) c = gated_backward_lanes<kind>(dout, gate, up, dgate, dup, cols);
+#endif
   alignas(64) float gate_buffer[kGatedRun], up_buffer[kGatedRun];
   float* __restrict gate_values = floats_of(dgate, gate_buffer);
   float* __restrict up_values = floats_of(dup, up_buffer);
-  for (int64_t c = 0; c < cols; c++) {
+  const int64_t done = c;
+  for (; c < cols; c++) {
     const Slope a = slope_of<kind, T>(value_of(gate[c]));
     const float gradient = value_of(dout[c]);
     gate_values[c] = gradient * value_of(up[c]) * a.slope;
     up_values[c] = gradient * a.value;
   }
-  store_rounded(gate_values, dgate, cols);
-  store_rounded(up_values, dup, cols);
+  store_rounded(gate_values + done, dgate + done, cols - done);
+  store_rounded(up_values + done, dup + done, cols - done);
 }
 
 template <Activation kind, class T>

@@ -1,11 +1,12 @@
 // RMSNorm, forward and backward.
 
-static const int kNormLanes = 32;  // partial sums of a row, added in order
+static const int kNormLanes = 32;  // partial sums of a row, added in pairs
 
-static inline float sum_of_lanes(const float* lanes) {
-  float sum = 0.f;
-  for (int j = 0; j < kNormLanes; j++) sum += lanes[j];
-  return sum;
+template <int width = kNormLanes / 2>
+static inline float sum_of_lanes(float* lanes) {
+  for (int j = 0; j < width; j++) lanes[j] += lanes[j + width];
+  if constexpr (width > 1) sum_of_lanes<width / 2>(lanes);
+  return lanes[0];
 }
 
 struct NoResidual {};

@@ -10,21 +10,14 @@ static inline float largest_size(const float* x, int n) {
   return as_float(uint32_t(top));
 }
 
-// Codes of a block whose largest size is ``top``, in one loop. ``roots`` are square roots of x.
+// Codes of moments that ``factor`` scales to their codes' powers, in one loop. ``roots`` are square
+// roots of x, and ``root_factor`` scales them to squares of codes.
 template <bool Second, bool Stochastic, class Code>
-static void encode_block(const float* __restrict x, const float* __restrict roots, float top,
-                         Code* __restrict codes, int n, const uint32_t* __restrict draws) {
+static void encode_scaled(const float* __restrict x, const float* __restrict roots, float factor,
+                          float root_factor, Code* __restrict codes, int n,
+                          const uint32_t* __restrict draws) {
   const float steps = Second ? 255.f : 127.f;
-  const float most = Second ? steps * steps * steps * steps : steps * steps;
-  alignas(64) float lifted[kMomentBlock];
   alignas(64) int32_t wide[kMomentBlock];
-  const float root_factor = steps * steps / std::sqrt(top);
-  if (top < 0x1p-80f) {  // most / top would be infinite
-    top *= 0x1p64f;
-    for (int i = 0; i < n; i++) lifted[i] = x[i] * 0x1p64f;
-    x = lifted;
-  }
-  const float factor = most / top;
   for (int i = 0; i < n; i++) {
     const float scaled = as_float(as_bits(x[i]) & 0x7fffffffu) * factor;
     const float root = std::sqrt(Second ? roots[i] * root_factor : scaled);
@@ -45,13 +38,34 @@ static void encode_block(const float* __restrict x, const float* __restrict root
   for (int i = 0; i < n; i++) codes[i] = Code(wide[i]);
 }
 
+// Codes of a block whose largest size is ``top``.
+template <bool Second, bool Stochastic, class Code>
+static void encode_block(const float* x, const float* roots, float top, Code* codes, int n,
+                         const uint32_t* draws) {
+  const float steps = Second ? 255.f : 127.f;
+  const float most = Second ? steps * steps * steps * steps : steps * steps;
+  const float root_factor = steps * steps / std::sqrt(top);
+  int done = 0;
+  alignas(64) float lifted[kMomentBlock];
+  if (top < 0x1p-80f) {  // most / top would be infinite
+    top *= 0x1p64f;
+    for (int i = 0; i < n; i++) lifted[i] = x[i] * 0x1p64f;
+    x = lifted;
+#if MERIT_AVX512
+  } else {
+    done = encode_lanes<Second, Stochastic>(x, roots, most / top, root_factor, codes, n, draws);
+#endif
+  }
+  encode_scaled<Second, Stochastic>(x + done, roots + done, most / top, root_factor, codes + done,
+                                    n - done, draws + done);
+}
+
 // First moments are sign * (code / 127)^2 * scale, second ones (code / 255)^4 * scale. Rounding
 // with random bits is unbiased in the value; without them it is to nearest. A second moment above
 // zero keeps a code above zero, since a zero would divide the step by epsilon only.
 template <bool Second, bool Stochastic, class Code>
-static void encode(const float* x, const float* roots, Code* codes, float* scale, int n,
+static void encode(const float* x, const float* roots, float top, Code* codes, float* scale, int n,
                    const uint32_t* draws) {
-  const float top = largest_size(x, n);
   *scale = top;
   if (top >= 1.17549435e-38f && top <= 3.40282347e38f)
     return encode_block<Second, Stochastic>(x, roots, top, codes, n, draws);

@@ -20,22 +20,9 @@ struct FloatMoments {
 
   float first(int i) const { return m[i]; }
   float second(int i) const { return v[i]; }
-  void store(int i, float first, float second, float) const {
+  void store(int i, float first, float second) const {
     m[i] = first;
     v[i] = second;
-  }
-};
-
-// Decoded 8-bit moments; encoding them needs the root as well.
-struct DecodedMoments {
-  float *m, *v, *roots;
-
-  float first(int i) const { return m[i]; }
-  float second(int i) const { return v[i]; }
-  void store(int i, float first, float second, float root) const {
-    m[i] = first;
-    v[i] = second;
-    roots[i] = root;
   }
 };
 
@@ -46,7 +33,7 @@ struct Bf16Moments {
 
   float first(int i) const { return widen(m[i]); }
   float second(int i) const { return widen(v[i]); }
-  void store(int i, float first, float second, float) const {
+  void store(int i, float first, float second) const {
     if constexpr (Stochastic) {
       const uint32_t bits = random.of_moments(i);
       m[i] = stochastic_bf16(first, bits >> 16);

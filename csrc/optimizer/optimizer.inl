@@ -1,7 +1,11 @@
 // AdamW in one pass over each parameter, sums of squares, and the table of both at one level.
 #include "optimizer/rounding.inl"
+#if MERIT_AVX512
+#include "optimizer/lanes.inl"
+#endif
 #include "optimizer/codes.inl"
 #include "optimizer/elements.inl"
+#include "optimizer/moments.inl"
 #include "optimizer/update.inl"
 
 // Returns whether a weight won over its master.
@@ -9,14 +13,9 @@ static bool update_chunk(const AdamWJob& job, const AdamWTensor& t, const Random
                          int64_t from, int n) {
   bool won = false;
   if (job.moments == Moments::INT8) {
-    CodedChunk chunk(t, from, n);
-    chunk.decode_all();
-    for_each_run(job, t, table, from, n,
-                 [&](const Run& run, int before) { won |= chunk.update(run, before); });
-    if (job.stochastic)
-      chunk.encode_all<true>();
-    else
-      chunk.encode_all<false>();
+    for (int i = 0; i < n; i += kMomentBlock)
+      won |=
+          update_coded_block(job, t, table, from + i, n - i < kMomentBlock ? n - i : kMomentBlock);
   } else {
     for_each_run(job, t, table, from, n,
                  [&](const Run& run, int) { won |= run.update_in_place(); });

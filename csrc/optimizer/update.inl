@@ -1,43 +1,33 @@
 // The update of a run of elements in one loop, and the choice of the loop for each kind of tensor.
 
-// The numbers of one step of one tensor.
-struct Numbers {
-  uint32_t near;  // all bits: m starts from its old value, else from g: exact at both ends
-  float step, clip, beta2, rest2, decay, root, epsilon, rate;
-
-  Numbers(const AdamWJob& job, const AdamWTensor& t)
-      : near(job.rest1 < 0.5f ? ~0u : 0u),
-        step(near ? job.rest1 : -job.beta1),
-        clip(job.clip),
-        beta2(job.beta2),
-        rest2(job.rest2),
-        decay(job.decay),
-        root(t.root),
-        epsilon(job.epsilon),
-        rate(t.rate) {}
-};
-
 // Returns bits other than 0 if a weight won over its master. No two arrays overlap, which the
 // compiler is told. Square roots vectorize because of -fno-math-errno.
 template <class Grad, class Weight, class Moments>
 static uint32_t update_run(const Numbers& x, const Grad* grad, const Weight weight,
                            const Moments moments, int n) {
-  const uint32_t near = x.near;
-  const float step = x.step, clip = x.clip, beta2 = x.beta2, rest2 = x.rest2, decay = x.decay;
-  const float root = x.root, epsilon = x.epsilon, rate = x.rate;
+  const Numbers local = x;  // no store makes the compiler read it again
   uint32_t won = 0;
 #pragma GCC ivdep
   for (int i = 0; i < n; i++) {
-    const float g = value_of(grad[i]) * clip;
-    const float m = moments.first(i);
-    const float from = as_float((as_bits(m) & near) | (as_bits(g) & ~near));
-    const float first = from + step * (g - m);
-    const float second = moments.second(i) * beta2 + rest2 * g * g;
+    const auto [first, second] =
+        local.moved(value_of(grad[i]), moments.first(i), moments.second(i));
     const float size = std::sqrt(second);
     const float w = weight.load(i, won);
-    moments.store(i, first, second, size);
-    weight.store(i, w * decay - rate * (first / (size * root + epsilon)));
+    moments.store(i, first, second);
+    weight.store(i, w * local.decay - local.rate * (first / (size * local.root + local.epsilon)));
   }
+  return won;
+}
+
+// The weights' part of update_run, for moments whose new values and roots are known.
+template <class Weight>
+static uint32_t update_weights(const Numbers& x, const Weight weight, const float* __restrict first,
+                               const float* __restrict size, int n) {
+  const float decay = x.decay, root = x.root, epsilon = x.epsilon, rate = x.rate;
+  uint32_t won = 0;
+#pragma GCC ivdep
+  for (int i = 0; i < n; i++)
+    weight.store(i, weight.load(i, won) * decay - rate * (first[i] / (size[i] * root + epsilon)));
   return won;
 }
 
@@ -91,6 +81,15 @@ struct Run {
     return won != 0;
   }
 
+  bool update_by(const float* first, const float* size) const {
+    uint32_t won = 0;
+    with_weight([&](const auto& weight) {
+      won = update_weights(Numbers(job, t), weight, first, size, n);
+      if (t.average) average_run(weight, t.average + from, t.average_weight, n);
+    });
+    return won != 0;
+  }
+
   bool update_in_place() const {
     if (job.moments == Moments::F32)
       return update(FloatMoments{at<float>(t.exp_avg, from), at<float>(t.exp_avg_sq, from)});
@@ -115,43 +114,73 @@ static void for_each_run(const AdamWJob& job, const AdamWTensor& t, const Random
   }
 }
 
-// A chunk of 8-bit moments: decodes, updates and encodes whole blocks.
-struct CodedChunk {
+// A block of 8-bit moments: their new values, the weights, and the values' codes.
+struct CodedBlock {
+  const AdamWJob& job;
   const AdamWTensor& t;
   const int64_t from;
   const int n;
-  alignas(64) float m[kUpdateChunk], v[kUpdateChunk], roots[kUpdateChunk];
-  alignas(64) uint32_t draws[kUpdateChunk];
+  alignas(64) float m[kMomentBlock], v[kMomentBlock], roots[kMomentBlock];
+  alignas(64) uint32_t draws[kMomentBlock];
+  float m_top, v_top;
 
-  CodedChunk(const AdamWTensor& tensor, int64_t first, int size)
-      : t(tensor), from(first), n(size) {}
+  CodedBlock(const AdamWJob& of, const AdamWTensor& tensor, int64_t first, int size)
+      : job(of), t(tensor), from(first), n(size) {}
 
-  template <class Body>
-  void for_each_block(const Body& body) {
-    for (int i = 0; i < n; i += kMomentBlock)
-      body(i, (from + i) / kMomentBlock, n - i < kMomentBlock ? n - i : kMomentBlock);
+  CodedMoments codes() const {
+    const int64_t block = from / kMomentBlock;
+    return {at<int8_t>(t.exp_avg, from), at<uint8_t>(t.exp_avg_sq, from), t.exp_avg_scale + block,
+            t.exp_avg_sq_scale + block};
   }
 
-  void decode_all() {
-    for_each_block([&](int i, int64_t block, int size) {
-      decode<false>(at<int8_t>(t.exp_avg, from + i), t.exp_avg_scale[block], m + i, size);
-      decode<true>(at<uint8_t>(t.exp_avg_sq, from + i), t.exp_avg_sq_scale[block], v + i, size);
-    });
+  void update_moments() {
+    const Numbers numbers(job, t);
+    const DecodedMoments decoded{m, v, roots};
+    if (job.grad_bf16)
+      update_coded(numbers, at<uint16_t>(t.grad, from), codes(), decoded, n, m_top, v_top);
+    else
+      update_coded(numbers, at<float>(t.grad, from), codes(), decoded, n, m_top, v_top);
   }
 
-  bool update(const Run& run, int before) {
-    if (run.job.stochastic)
+  bool update_weights(const Run& run, int before) {
+    if (job.stochastic)
       for (int i = 0; i < run.n; i++) draws[before + i] = run.random.of_moments(i);
-    return run.update(DecodedMoments{m + before, v + before, roots + before});
+    return run.update_by(m + before, roots + before);
   }
 
   template <bool Stochastic>
-  void encode_all() {
-    for_each_block([&](int i, int64_t block, int size) {
-      encode<false, Stochastic>(m + i, roots + i, at<int8_t>(t.exp_avg, from + i),
-                                t.exp_avg_scale + block, size, draws + i);
-      encode<true, Stochastic>(v + i, roots + i, at<uint8_t>(t.exp_avg_sq, from + i),
-                               t.exp_avg_sq_scale + block, size, draws + i);
-    });
+  void encode_all() const {
+    const CodedMoments to = codes();
+    encode<false, Stochastic>(m, roots, m_top, to.m, to.m_scale, n, draws);
+    encode<true, Stochastic>(v, roots, v_top, to.v, to.v_scale, n, draws);
   }
 };
+
+// Asks for the memory of a later block: the processor looks ahead within a page of memory only.
+static inline void prefetch_block(const AdamWJob& job, const AdamWTensor& t, int64_t from) {
+  const auto ask = [from](const void* data, int bytes) {
+    const char* start = static_cast<const char*>(data) + from * bytes;
+    for (int i = 0; i < kMomentBlock * bytes; i += 64) __builtin_prefetch(start + i, 1);
+  };
+  ask(t.weight, job.weight_bf16 ? 2 : 4);
+  ask(t.grad, job.grad_bf16 ? 2 : 4);
+  ask(t.exp_avg, 1);
+  ask(t.exp_avg_sq, 1);
+  if (t.master) ask(t.master, job.master == Master::F32 ? 4 : job.master == Master::SPLIT ? 2 : 1);
+}
+
+// Returns whether a weight won over its master.
+static bool update_coded_block(const AdamWJob& job, const AdamWTensor& t, const RandomTable& table,
+                               int64_t from, int n) {
+  prefetch_block(job, t, from + 2 * kMomentBlock);
+  CodedBlock block(job, t, from, n);
+  bool won = false;
+  block.update_moments();
+  for_each_run(job, t, table, from, n,
+               [&](const Run& run, int before) { won |= block.update_weights(run, before); });
+  if (job.stochastic)
+    block.encode_all<true>();
+  else
+    block.encode_all<false>();
+  return won;
+}

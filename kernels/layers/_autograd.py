@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from merit_fast.kernels._functorch import call_by_entry, entry_by_entry, tags
+from merit_fast.kernels._functorch import call_by_entry, entry_by_entry, refuse_tangents, tags
 
 
 def differentiable(
@@ -57,6 +57,7 @@ def differentiable(
         )
 
         def run(*arguments: Any) -> Any:
+            refuse_tangents(forward.__name__, arguments)
             if torch._C._are_functorch_transforms_active():
                 return transformed.apply(*arguments)
             return direct.apply(*arguments) if _is_unwatched(arguments) else op(*arguments)

@@ -91,9 +91,10 @@ class FusedAdamW(OptimizerWithStates):
 
     The state has torch's keys (step, exp_avg, exp_avg_sq) and ours (exp_avg_scale,
     exp_avg_sq_scale, master, low_bits, average, num_averaged). With float32 moments
-    ``torch.optim.AdamW`` loads it, and the other way round. A run resumed by ``load_state_dict``
-    gives the bits of an unbroken one. State dicts hold the options: the loaded seed replaces this
-    one, and any other difference is a warning.
+    ``torch.optim.AdamW`` loads it, and the other way round. States of bitsandbytes' and torchao's
+    AdamW with 8-bit moments are decoded when loaded. A run resumed by ``load_state_dict`` gives the
+    bits of an unbroken one. State dicts hold the options: the loaded seed replaces this one, and
+    any other difference is a warning.
 
     Raises:
         ValueError: an option out of its range; parameters that overlap in memory; a sparse

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merit_fast.kernels.optimizer import _loading
 from merit_fast.kernels.optimizer._backward.hooks import InBackward
 from merit_fast.kernels.optimizer._checks import OF_OPTIMIZER, check_not_replaced
+from merit_fast.kernels.optimizer._loading import states as loading
+from merit_fast.kernels.optimizer._loading.foreign import as_adamw
 from merit_fast.kernels.optimizer._state import Options, new_state, refit
 from merit_fast.kernels.optimizer._update import Member
 
@@ -76,27 +77,31 @@ class OptimizerWithStates(torch.optim.Optimizer):
         """torch's dict, with the options as text in every group. Leaves out departed parameters."""
         whole = self.state
         try:
-            self.state = _loading.states_of_members(whole, self._parameters())
+            self.state = loading.states_of_members(whole, self._parameters())
             state_dict = super().state_dict()
         finally:
             self.state = whole
         counters = {"num_skipped": self.num_skipped, "last_norm": self.last_norm}
-        text = _loading.options_text(self.options, counters)
+        text = loading.options_text(self.options, counters)
         for group in state_dict["param_groups"]:
             for name in OF_OPTIMIZER:  # ZeroRedundancyOptimizer puts them back at every step
                 group.pop(name, None)
-            group[_loading.OPTIONS_KEY] = text
+            group[loading.OPTIONS_KEY] = text
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of ours or of ``torch.optim.AdamW``; states keep their own dtypes.
+        """Loads a state of ours, of ``torch.optim.AdamW``, or of bitsandbytes' or torchao's AdamW.
+
+        States keep their own dtypes; codes of other libraries are decoded exactly, then stored as
+        ``moments`` says.
 
         Raises:
             ValueError: a state of other rules, kinds or sizes; nothing is changed then.
         """
-        _loading.check_loadable(state_dict)
-        saved = _loading.read_options(state_dict["param_groups"])
-        _loading.check_kinds(saved, self.options, self._parameters())
+        state_dict = as_adamw(state_dict, self._parameters())
+        loading.check_loadable(state_dict)
+        saved = loading.read_options(state_dict["param_groups"])
+        loading.check_kinds(saved, self.options, self._parameters())
         before = (self.state, self.param_groups)
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         try:
@@ -105,14 +110,14 @@ class OptimizerWithStates(torch.optim.Optimizer):
             for name, parameter in zip(names, self._parameters(), strict=True):
                 if name in state_dict["state"]:
                     kept = state_dict["state"][name]
-                    self.state[parameter] = _loading.adopted(parameter, kept, self.options)
+                    self.state[parameter] = loading.adopted(parameter, kept, self.options)
         except Exception:
             self.state, self.param_groups = before
             raise
         for group in self.param_groups:
-            group.pop(_loading.OPTIONS_KEY, None)
+            group.pop(loading.OPTIONS_KEY, None)
         if saved is not None:
-            self.options = _loading.taken_over(saved, self.options)
+            self.options = loading.taken_over(saved, self.options)
             self.num_skipped = saved.get("num_skipped", 0)
             self.last_norm = saved.get("last_norm")
 

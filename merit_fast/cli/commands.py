@@ -215,6 +215,10 @@ COMMANDS: dict[str, Command] = {
         "Do one unit of a run's work, or list the units. May run twice, anywhere.",
         _placed("units.unit:add_unit"),
     ),
+    "launch": Command(
+        "Print the job files of a run for a shell, SLURM, Kubernetes, Ray or a cloud.",
+        _placed("units.launch:add_launch"),
+    ),
     "advise": Command(
         "Sketch and split the mixture of CONFIG.yml, then advise for or against the split.",
         _add_advise,

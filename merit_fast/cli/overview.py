@@ -8,6 +8,8 @@ EXAMPLES = {
     "init": "merit-fast init data/ --model BASE",
     "data": "merit-fast data my.yml --show 2",
     "run": "merit-fast run my.yml train.epochs=2",
+    "unit": "merit-fast unit my.yml train/merit-0",
+    "launch": "merit-fast launch my.yml --to slurm --gpus 8 --out jobs",
     "status": "merit-fast status my.yml",
     "clean": "merit-fast clean my.yml --dry-run",
     "sketch": "merit-fast sketch my.yml --examples 100",
@@ -28,7 +30,7 @@ EXAMPLES = {
 }
 _GROUPS = {
     "your data": ("init", "data"),
-    "a run": ("run", "status", "clean"),
+    "a run": ("run", "unit", "launch", "status", "clean"),
     "one stage of a run": ("sketch", "split", "advise", "train", "merge", "evaluate", "report"),
     "rows of a run (after sketch --store)": ("select", "duplicates", "outliers"),
     "other stacks": ("export",),

@@ -13,7 +13,7 @@ from merit_fast.train.config import TrainConfig
 # The built-in trainer has them only.
 BUILTIN_ONLY = (
     *("freeze", "optimizer", "update_in_backward"),
-    *("evaluate_steps", "patience", "budget", "kernels", "max_shard_size"),
+    *("evaluate_steps", "patience", "budget", "kernels", "shard", "max_shard_size"),
 )
 # The minimal configuration has them; a user's own configuration has its own.
 OF_RECIPE = ("adapter", "gradient_checkpointing", "report_to")

@@ -71,8 +71,9 @@ def drive(
     run.preflight()
     folder = Path(config.output) / UNITS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    write_run_config(config, folder / CONFIG_FILE)
-    board = Board(lambda: Outputs(config, command, verify))
+    settled = run.config  # a dtype that is "auto" is this machine's everywhere
+    write_run_config(settled, folder / CONFIG_FILE)
+    board = Board(lambda: Outputs(settled, command, verify))
     with _stopped_at_the_end(executor):
         Driver(board, executor, progress, folder, retries).run()
     return Run(config, progress, command).summary()

@@ -10,6 +10,7 @@ is there, and a run without that line has no plugin.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from merit_fast.errors import InputError, MeritFastError
@@ -22,6 +23,8 @@ except ImportError as error:
         f"merit_fast.integrations.axolotl needs axolotl: pip install axolotl ({error})"
     ) from error
 
+from merit_fast.integrations.per_dataset.callback import MeritCallback
+from merit_fast.integrations.stacks.axolotl_rows import COLUMN, keep_names, without_names
 from merit_fast.integrations.stacks.callback import StackCallback
 from merit_fast.integrations.training import fused_adamw
 from merit_fast.kernels.optimizer import FusedAdamW
@@ -47,12 +50,15 @@ class MeritArgs(BaseModel):  # type: ignore[misc]
         merit_optimizer: options of ``FusedAdamW``, which replaces ``optimizer``; absent: none.
         merit_branch: write branch.json, by whose tokens merges weigh the model.
         merit_datasets: names of the datasets for branch.json.
+        merit_losses: log losses and tokens of each dataset; ``merit_datasets`` then names all of
+            them, or is absent: the names of their files.
     """
 
     merit_kernels: Literal["auto", "eager"] = "auto"
     merit_optimizer: OptimizerArgs | None = None
     merit_branch: bool = True
     merit_datasets: list[str] = []
+    merit_losses: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -72,6 +78,7 @@ class MeritPlugin(BasePlugin):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.callback: StackCallback | None = None
+        self.losses: MeritCallback | None = None
 
     def register(self, cfg: Any) -> None:
         """Prints that the plugin is there: axolotl only logs a plugin that cannot be imported."""
@@ -81,12 +88,17 @@ class MeritPlugin(BasePlugin):  # type: ignore[misc]
         """The model of our keys, as axolotl names it."""
         return f"{__name__}.MeritArgs"
 
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Lets axolotl's own loader keep the dataset of each row, where losses need it."""
+        if cfg.get("merit_losses"):
+            keep_names(cfg, tuple(cfg.get("merit_datasets") or ()))
+
     def post_model_build(self, cfg: Any, model: Any) -> None:
         """Patches the model before adapters are laid on it."""
         self._begin(cfg).patch(model)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Sets the optimizer, and counts from here on.
+        """Sets the optimizer, and counts and tells losses from here on.
 
         Raises:
             InputError: the YAML names optimizer options that FusedAdamW would not get.
@@ -94,17 +106,22 @@ class MeritPlugin(BasePlugin):  # type: ignore[misc]
         options = cfg.get("merit_optimizer")
         if options is not None:
             trainer.optimizer_cls_and_kwargs = (FusedAdamW, optimizer_kwargs(options, trainer.args))
+        if cfg.get("merit_losses"):
+            trainer.eval_dataset = without_names(trainer.eval_dataset)
+            self.losses = MeritCallback(COLUMN, start=cfg.get("base_model")).attach(trainer)
         if cfg.get("merit_branch", True):
             callback = self._begin(cfg)
             callback.watch(trainer.model)
             trainer.add_callback(callback)
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Checks that the counts were taken; axolotl calls this before and after it saves.
+        """Checks and writes the counts; axolotl calls this before and after it saves.
 
         Raises:
             MeritFastError: no target token was counted.
         """
+        if self.losses is not None:  # axolotl saves adapters past the Trainer
+            self.losses.write_files(Path(cfg["output_dir"]))
         callback = self.callback
         if callback is None or not cfg.get("merit_branch", True):
             return

@@ -88,8 +88,7 @@ class PreparedMerge:
             "dtype_reason": self._dtype_reason(),
             "weights": list(self.weights),
         }
-        local = out if isinstance(out, Path) else _temporary_folder()
-        return facts | input_facts(self.inputs, self.config, sizes, free_bytes(local))
+        return facts | input_facts(self.inputs, self.config, sizes, free_bytes(out))
 
     @property
     def manifest(self) -> StageManifest:
@@ -256,12 +255,6 @@ class PreparedMerge:
         fingerprints |= method_fingerprint(self.config)
         fingerprints |= {name: fingerprint(text) for name, text in records.items()}
         return stage_manifest("merge", same_bytes(self.config), fingerprints)
-
-
-def _temporary_folder() -> Path:
-    import tempfile
-
-    return Path(tempfile.gettempdir())
 
 
 def prepare_merge(  # noqa: PLR0913

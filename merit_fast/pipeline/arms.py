@@ -140,13 +140,13 @@ def branch_recipe(branch: Branch, train: TrainConfig) -> TrainConfig:
 
     The warm-up's result is a whole model, from which branches can start, and takes all steps.
     """
+    train = replace(train, report_to=(), shard="none")
     if branch.name == WARMUP:
         adapter = replace(train.adapter, save="merged") if train.adapter.is_on else train.adapter
         train = replace(train, adapter=adapter, evaluate_steps=None, patience=None)
         train = train.with_builtin_engine()
     rate = train.learning_rate * branch.rate_factor
     seed = train.seed + branch.seed
-    train = replace(train, report_to=(), shard="none")
     return replace(train.without_plan(), seed=seed, learning_rate=rate)
 
 
@@ -159,8 +159,13 @@ def split_arms(config: RunConfig, split: SplitManifest) -> list[str]:
     """The arms that have a branch for every group: merit, the random splits, the iid deals."""
     controls = config.train.controls
     random = split.control_arms[: controls.random]
-    iid = [f"iid{number if number > 1 else ''}" for number in range(1, controls.num_iid + 1)]
-    return ["merit", *random, *iid]
+    return ["merit", *random, *iid_arms(config)]
+
+
+def iid_arms(config: RunConfig) -> list[str]:
+    """The arms that deal all rows equally to the branches."""
+    numbers = range(1, config.train.controls.num_iid + 1)
+    return [f"iid{number if number > 1 else ''}" for number in numbers]
 
 
 def joint_arms(config: RunConfig) -> list[str]:

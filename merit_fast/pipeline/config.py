@@ -111,7 +111,7 @@ def write_run_config(config: RunConfig, path: Path) -> None:
     So the file replays from any directory, also after the run has moved.
     """
     plain = to_plain(config)
-    for mapping, key, _ in _paths_in(plain):
+    for mapping, key, _ in paths_in(plain):
         local = Path(mapping[key]).expanduser()
         if local.exists() or not (is_hub_id(mapping[key]) or is_url(mapping[key])):
             mapping[key] = str(local.absolute())
@@ -130,7 +130,7 @@ def settle_dtypes(config: RunConfig) -> RunConfig:
     )
 
 
-def _paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+def paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
     """The places of paths to inputs: the mapping, its key, and the key from the top of the file."""
     if isinstance(values.get("model"), str):
         yield values, "model", "model"
@@ -150,7 +150,7 @@ def _paths_in(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str
 
 def _resolve_paths(values: dict[str, Any], overridden: Set[str], file: Path) -> None:
     """Makes the YAML's own paths, which the command line does not override, count from here."""
-    for mapping, key, name in _paths_in(values):
+    for mapping, key, name in paths_in(values):
         top = name.partition("[")[0].partition(".")[0]
         if mapping[key] and overridden.isdisjoint({name, top}):
             mapping[key] = _input_path(mapping[key], name, file)

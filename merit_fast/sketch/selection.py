@@ -2,13 +2,13 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from merit_fast.errors import InputError, show
+from merit_fast.errors import InputError, MeritFastError, show
 from merit_fast.model.layered.stack import block_lists
 from merit_fast.model.layered.stream import bring_in
 from merit_fast.sketch.names import canonical_name, named_parameters
@@ -43,6 +43,27 @@ def select_parameters(
             f"got {show(parameters)}"
         )
     return chosen
+
+
+def require_whole(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Checks that this process has every parameter, and all of it.
+
+    Raises:
+        MeritFastError: one is a DTensor, as FSDP2 and tensor parallelism leave it, or is on the
+            meta device, as accelerate's hooks leave what they offload.
+    """
+    for name, parameter in parameters.items():
+        reason = ""
+        if hasattr(parameter, "device_mesh"):
+            reason = "is a DTensor (FSDP2, tensor parallelism), of which each process has a part"
+        elif parameter.is_meta:
+            reason = "has no values (meta device; offloaded by accelerate?)"
+        if reason:
+            raise MeritFastError(
+                f"sketch_gradients: parameter {name} must be whole in this process, but {reason}; "
+                "load_layered reads a model that does not fit layer by layer, and states of "
+                "processes that sketch different examples add up (SketchState.merge)"
+            )
 
 
 def model_weights_fingerprint(model: nn.Module) -> str:

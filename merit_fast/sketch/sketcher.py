@@ -22,6 +22,7 @@ from merit_fast.sketch.precondition import FactorSums, KfacFactors, Precondition
 from merit_fast.sketch.selection import (
     model_weights_fingerprint,
     require_one_of,
+    require_whole,
     select_parameters,
     unwrapped,
 )
@@ -99,6 +100,7 @@ class GradientSketcher:
             select_parameters(self.model, "all", is_trainable) if parameters is None else parameters
         )
         chosen = {canonical_name(name): parameter for name, parameter in chosen.items()}
+        require_whole(chosen)
         self.names = {id(parameter): name for name, parameter in chosen.items()}
         named = {canonical_name(name): scale for name, scale in (scales or {}).items()}
         self.preconditioner = Preconditioner(named, kind="adam" if named else "")

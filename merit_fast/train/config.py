@@ -188,7 +188,6 @@ class TrainConfig:
         adapter = self.adapter
         apart = f"absent with shard {self.shard}"
         for key, holds, value in (
-            ("engine", self.engine == "builtin", self.engine),
             ("adapter.kind", adapter.kind != "dora", adapter.kind),
             ("adapter.base", adapter.base == "as-is", adapter.base),
             ("adapter.save", not adapter.is_on or adapter.is_saved_apart, adapter.save),

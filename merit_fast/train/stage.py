@@ -130,8 +130,8 @@ def _prepare(
     """Loads and checks everything before the first step."""
     if config.update_in_backward is not None and ranks.size > 1 and config.shard == "none":
         raise InputError(
-            "train.update_in_backward: must be absent with several processes, which add their "
-            f"gradients first; got {config.update_in_backward!r}"
+            "train.update_in_backward: must be absent with several processes that add whole "
+            f"gradients first (train.shard: full divides them); got {config.update_in_backward!r}"
         )
     examples = ChainedExamples(job.datasets)
     if not len(examples):

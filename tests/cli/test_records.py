@@ -177,6 +177,16 @@ def test_a_record_with_slots_has_no_dict_and_pickles():
         Many("a")
 
 
+@pytest.mark.parametrize("wrong", [{"default_factory": list}, {"default": 1, "kw_only": True}])
+def test_a_compiled_init_refuses_what_it_does_not_do(wrong):
+    with pytest.raises(TypeError, match="size: many goes with plain defaults only"):
+        record(many=True)(
+            type("Wrong", (), {"__annotations__": {"size": int}, "size": field(**wrong)})
+        )
+    with pytest.raises(TypeError, match="many goes without __post_init__"):
+        record(many=True)(type("Wrong", (), {"__post_init__": print}))
+
+
 def test_a_field_by_name_only_follows_those_of_subclasses():
     assert to_dict(NotedMore(1, 2)) == {"x": 1, "z": 2, "notes": ()}
     assert NotedMore(1, 2, notes=("a",)).notes == ("a",)

@@ -56,6 +56,7 @@ def bare_python(tmp_path):
         (["train.engine=trl", "train.optimizer=adamw-8bit"], "train.optimizer: must be absent"),
         (["train.engine=trl", "train.kernels=eager"], "train.kernels: must be absent"),
         (["train.engine=trl", "train.update_in_backward=previous"], "update_in_backward: must be"),
+        (["train.engine=trl", "train.shard=full"], "train.shard: must be absent with engine trl"),
         (["train.engine=trl", "train.budget=equal-steps"], "train.budget: must be absent"),
         (
             ["train.engine=trl", "train.adapter={kind: lora, save: merged}"],

@@ -1,9 +1,10 @@
-"""axolotl and LLaMA-Factory train, in environments that bench.train.stacks_env makes."""
+"""axolotl, LLaMA-Factory and ms-swift train, in environments that bench.train.stacks_env makes."""
 
 import json
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 from support.docs.pages import ROOT, blocks_of
 
 from bench.train.stacks_env import python_of
+from merit_fast.integrations.swift import PLUGIN_FILE
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -120,6 +122,56 @@ def test_axolotl_alone_refuses_a_misspelt_key_of_ours(axolotl_config, environmen
     assert process.returncode and "merit_optimiser: unknown key" in process.stderr
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_axolotl_tells_losses_per_dataset(call, split_run, axolotl_config, environment, packed):
+    python = interpreter("axolotl")
+    values = yaml.safe_load(axolotl_config.read_text())
+    values |= {"merit_losses": True, "sample_packing": packed, "learning_rate": 0.0}
+    values |= {"num_epochs": 1, "seed": 1}
+    del values["merit_datasets"], values["merit_optimizer"]
+    axolotl_config.write_text(yaml.safe_dump(values))
+    words = ["train.engine=axolotl", f"train.engine_config={axolotl_config}"]
+    code, _, error = call("train", split_run, *words, f"train.engine_python={python}")
+    assert code == 0, error
+    for name in ("merit-0", "merit-1"):
+        folder = split_run.parent / "out" / "branches" / name
+        branch = json.loads((folder / "branch.json").read_text())
+        counts = json.loads((folder / "dataset_counts.json").read_text())["datasets"]
+        assert set(counts) == {f"train_{dataset}" for dataset in branch["datasets"]}
+        targets = [each["num_target_tokens"] for each in counts.values()]
+        assert sum(targets) == branch["num_target_tokens"]
+        assert {each["num_examples"] for each in counts.values()} == {8}
+        losses = json.loads((folder / "losses.json").read_text())
+        mean = sum(each["loss_sum"] for each in counts.values()) / sum(targets)
+        assert mean == pytest.approx(np.mean(losses), rel=0.05)
+        log = (folder / "engine.log").read_text()
+        assert all(f"merit/loss/{dataset}" in log for dataset in counts)
+
+
+def test_axolotl_runs_our_commands_as_its_own(environment, tmp_path, monkeypatch):
+    """The entry point is read from pyproject.toml, as an install writes it."""
+    python = interpreter("axolotl")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folder = tmp_path / "merit_fast-99.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: merit_fast\nVersion: 99\n")
+    points = project["entry-points"]["axolotl.cli_commands"]
+    lines = [f"{name} = {target}\n" for name, target in points.items()]
+    (folder / "entry_points.txt").write_text("[axolotl.cli_commands]\n" + "".join(lines))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+
+    def axolotl(*words):
+        command = [python, "-m", "axolotl.cli.main", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    assert "merit-fast" in axolotl("--help").stdout
+    version = axolotl("merit-fast", "--version")
+    assert version.returncode == 0 and "merit-fast 0." in version.stdout
+    refused = axolotl("merit-fast", "merge", tmp_path / "out", "--model", tmp_path / "absent")
+    assert refused.returncode == 2 and "absent" in refused.stderr
+    assert "--weights" in axolotl("merit-fast", "merge", "--help").stdout
+
+
 def test_llamafactory_trains_branches_and_counts_by_the_launcher(
     call, split_run, environment, tmp_path
 ):
@@ -147,3 +199,55 @@ def test_llamafactory_trains_branches_and_counts_by_the_launcher(
     # LLaMA-Factory's own template puts the line break behind each answer into the loss too.
     assert counted["num_examples"] == 48
     assert counted["num_target_tokens"] == 3 * 64 + 48
+
+
+def test_swift_trains_exported_rows_with_the_plugin_and_its_losses_per_channel(
+    call, split_run, environment, tmp_path, monkeypatch
+):
+    python = interpreter("swift")
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+    groups = tmp_path / "groups"
+    assert call("export", split_run, "--format", "trl", "--out", groups)[0] == 0
+    rows = groups / "train_0.jsonl"
+    options = {
+        "model": yaml.safe_load(split_run.read_text())["model"],
+        "model_type": "llama",
+        "template": "chatml",
+        "dataset": rows,
+        "columns": json.dumps({"dataset": "channel"}),
+        "enable_channel_loss": "true",
+        "external_plugins": PLUGIN_FILE,
+        "callbacks": "merit",
+        "output_dir": tmp_path / "out",
+        "add_version": "false",
+        "tuner_type": "full",
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "torch_dtype": "float32",
+        "use_cpu": "true",
+        "split_dataset_ratio": 0,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "epoch",
+        "attn_impl": "sdpa",
+        "use_hf": "true",
+    }
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    process = subprocess.run(
+        [python, "-m", "swift.cli.sft", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert "merit_fast: kernels: rms_norm x 5" in process.stdout + process.stderr
+    branch = json.loads((tmp_path / "out" / "branch.json").read_text())
+    count = len(rows.read_text().splitlines())
+    assert branch["num_examples"] == 2 * count and branch["num_target_tokens"] > 2 * count
+    names = {json.loads(line)["dataset"] for line in rows.read_text().splitlines()}
+    assert all(f"loss_{name}" in process.stdout + process.stderr for name in names)
+    last = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert (last / "branch.json").is_file() and (last / "model.safetensors").is_file()

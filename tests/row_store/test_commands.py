@@ -64,7 +64,7 @@ def test_rows_of_another_file_are_a_target_and_are_sketched_once(copied_run, cal
     assert len(same) == 8 and all(row["error"] > 0 for row in picked)
     from merit_fast.sketch.mixture import stage
 
-    monkeypatch.setattr(stage, "load_model", None)  # nothing is left to sketch
+    monkeypatch.setattr(stage, "load_model_for", None)  # nothing is left to sketch
     assert call(*words, "--out", "again.jsonl")[0] == 0
     assert Path("again.jsonl").read_bytes() == Path("picked.jsonl").read_bytes()
     assert "targets/" in call("clean", "run.yml", "--yes")[1]

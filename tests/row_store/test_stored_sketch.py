@@ -114,7 +114,7 @@ def test_a_new_dataset_costs_itself_and_the_rows_of_the_others_stay(
     assert notes == ["sketch: 2 of 3 datasets are as before, their sketches are reused"]
     assert not any("/c/" in name for name in grown)
 
-    monkeypatch.setattr(sketching, "load_model", None)  # nothing is left to sketch
+    monkeypatch.setattr(sketching, "load_model_for", None)  # nothing is left to sketch
     renamed = [Dataset(name, one.examples) for name, one in zip("ba", named("ab"), strict=True)]
     swapped, _ = sketched(tiny_model, tmp_path / "swapped", renamed, tmp_path / "first")
     shard = "00000.safetensors"
@@ -157,7 +157,7 @@ def test_a_store_that_is_asked_for_later_sketches_and_one_less_does_not(
     sketched(tiny_model, tmp_path / "none", named("ab"), store=False)
     stored, notes = sketched(tiny_model, tmp_path / "stored", named("ab"), tmp_path / "none")
     assert notes == [] and len(merit_fast.open_rows(tmp_path / "stored")) == 40
-    monkeypatch.setattr(sketching, "load_model", None)
+    monkeypatch.setattr(sketching, "load_model_for", None)
     off, notes = sketched(
         tiny_model, tmp_path / "off", named("ab"), tmp_path / "stored", store=False
     )

@@ -268,7 +268,7 @@ def test_a_crash_while_states_are_taken_over_loses_none(tiny_model, tmp_path, mo
             staged(tiny_model, tmp_path, parts=PARTS)
         with monkeypatch.context() as patched:
             patched.setattr(
-                "merit_fast.sketch.mixture.stage.load_model", None
+                "merit_fast.sketch.mixture.stage.load_model_for", None
             )  # nothing is left to sketch
             again, _ = staged(tiny_model, tmp_path, parts=PARTS)
         assert again == fresh
@@ -276,7 +276,7 @@ def test_a_crash_while_states_are_taken_over_loses_none(tiny_model, tmp_path, mo
 
 def test_sums_do_not_depend_on_the_datasets_sketched_before(tiny_model, tmp_path, monkeypatch):
     """Parameters may turn out slow in the first batch, and then batches have one example."""
-    real = stage.load_model
+    real = stage.load_model_for
 
     def with_stray_use(*given):
         model = real(*given)
@@ -284,7 +284,7 @@ def test_sums_do_not_depend_on_the_datasets_sketched_before(tiny_model, tmp_path
         model.model.layers[0].register_forward_hook(lambda _, __, output: output * weight.mean())
         return model
 
-    monkeypatch.setattr(stage, "load_model", with_stray_use)
+    monkeypatch.setattr(stage, "load_model_for", with_stray_use)
     clear, mixed = datasets()
     both, _ = staged(tiny_model, tmp_path / "both", chosen=[clear, mixed], parts=PARTS)
     second, _ = staged(tiny_model, tmp_path / "second", chosen=[mixed], parts=PARTS)

@@ -102,7 +102,7 @@ def test_a_new_dataset_costs_itself_and_gives_the_bytes_of_a_fresh_run(
     assert grown["a.safetensors"] == first["a.safetensors"] and "c.safetensors" not in grown
 
     monkeypatch.setattr(
-        sketching, "load_model", None
+        sketching, "load_model_for", None
     )  # with nothing left to sketch there is no model to load
     fewer, _ = sketched(tiny_model, tmp_path / "fewer", named("ba"), tmp_path / "grown")
     assert set(fewer) == {"a.safetensors", "b.safetensors", "datasets.json"}

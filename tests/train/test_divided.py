@@ -5,8 +5,8 @@ import signal
 
 import pytest
 import torch
-from support.divided import CASES, RESUMED, job_of
 from support.tiny import make_model, make_tokenizer
+from support.train.divided import CASES, RESUMED, job_of
 from support.training import read_metrics, weights
 from support.warm import run_together
 
@@ -21,7 +21,7 @@ CLOSE = {"packed": 2e-6, "in_backward": 2e-6, "small_moments": 2e-3}
 
 
 def run_ranks(folder, size, *names):
-    commands = [["-m", "support.divided", rank, size, folder, *names] for rank in range(size)]
+    commands = [["-m", "support.train.divided", rank, size, folder, *names] for rank in range(size)]
     return run_together([[str(word) for word in command] for command in commands], timeout=240)
 
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     results = run_ranks(path, 2, "killed")
     assert results[0].returncode == -signal.SIGKILL, results
     assert results[1].returncode not in (0, -signal.SIGKILL), results
-    results = run_ranks(path, 2, "resumed", "in_backward", "unused", *CASES)
+    results = run_ranks(path, 2, "resumed", "in_backward", "unused", "two_copies", *CASES)
     assert [result.returncode for result in results] == [0, 0], results
     return path
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.tiny import make_model
 from support.training import CONFIG
+from support.vision.models import make_vision_model
 
 from merit_fast.errors import InputError
 from merit_fast.model import load_model
@@ -113,6 +114,16 @@ def test_quantised_starts_are_refused(base):
         make_hollow_model(str(base), "fp32")
 
 
+def test_starts_that_read_images_or_are_adapters_are_refused(tmp_path):
+    make_vision_model(tmp_path / "images", "qwen3_vl")
+    with pytest.raises(InputError, match="must be none for a model that reads images"):
+        make_hollow_model(str(tmp_path / "images"), "fp32")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="must be none for a start that is an adapter"):
+        make_hollow_model(str(tmp_path / "adapter"), "fp32")
+
+
 LORA = AdapterConfig(kind="lora")
 
 
@@ -123,7 +134,6 @@ LORA = AdapterConfig(kind="lora")
         ({"adapter": replace(LORA, base="4bit")}, "adapter.base: must be absent with shard full"),
         ({"adapter": replace(LORA, save="merged")}, "adapter.save: must be absent with shard"),
         ({"adapter": replace(LORA, modules_to_save=("lm_head",))}, "adapter.modules_to_save"),
-        ({"engine": "trl"}, "engine: must be absent with shard full"),
         (
             {"adapter": LORA, "update_in_backward": "previous"},
             "update_in_backward: must be absent with shard full and an adapter",

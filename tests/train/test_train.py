@@ -1,11 +1,11 @@
 """Training: the step fixes the order; accumulation and resume change nothing; bf16 masters."""
 
+import errno
 import json
 
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 from support.checks import assert_close, tree_bytes
 from support.runs import MEASURED
 from support.tiny import make_model, make_tokenizer
@@ -71,11 +71,11 @@ def test_branch_is_complete_and_loads(tiny_model, tmp_path):
 def test_a_checkpoint_that_does_not_fit_keeps_the_last_one(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, {"a": torch.zeros(5)}, Position(step=3))
 
-    def full(tensors, path, metadata):
+    def full(path, tensors, metadata, ranks):
         path.write_bytes(b"half")
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(resume, "save_file", full)
+    monkeypatch.setattr(resume, "write_tensors", full)
     with pytest.raises(InputError, match=r"resume.safetensors: cannot be written .*No space left"):
         write_checkpoint(tmp_path, {"a": torch.ones(5)}, Position(step=6))
     assert [path.name for path in tmp_path.iterdir()] == ["resume.safetensors"]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from merit_fast.cli.merge.folder_lines import folder_lines
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import manifest_text
-from merit_fast.manifests.stages import SPLIT
 from merit_fast.merge import MergeConfig, RunFacts, merge_models
 from merit_fast.merge.combine.weights import require_numbers
 from merit_fast.merge.option_names import options_named
@@ -20,6 +19,7 @@ from merit_fast.records import fields
 from merit_fast.units import human_bytes, human_count
 
 if TYPE_CHECKING:
+    from merit_fast.cli.merge.in_force import RunSource
     from merit_fast.manifests.schemas import TuneManifest
 
 Tune = Callable[
@@ -32,7 +32,7 @@ def merge_command(  # noqa: PLR0913
     out: str,
     models: list[str] | None,
     base: str | None,
-    run: str | None,
+    run: "RunSource | None",
     mergekit: str | None,
     assignments: list[str],
     progress: Progress,
@@ -40,22 +40,17 @@ def merge_command(  # noqa: PLR0913
     dry_run: bool = False,
     share: str | None = None,
     tune: Tune | None = None,
-    arm: str | None = None,
-    seed_index: int | None = None,
 ) -> dict[str, Any]:
     """Merges the models that ``models``, ``run`` or ``mergekit`` name into the directory ``out``.
 
     Args:
         models: DIR or DIR:WEIGHT each.
-        run: the output of `merit-fast run`: the branches of its split in force, by their token
-            counts.
+        run: the branches in force of an output of `merit-fast run`, by their token counts.
         mergekit: a YAML recipe of mergekit.
         assignments: ``key=value`` of MergeConfig.
         dry_run: check and plan only.
         share: "i/n", this process's part of the output files.
         tune: chooses the scale or weights on held-out rows; None: there are none.
-        arm: the arm of ``run``; None: merit.
-        seed_index: the number of the seed in ``run``; None: the first.
 
     Returns:
         the summary of ``merge_models``, with "tuned" if rows chose a number.
@@ -66,8 +61,6 @@ def merge_command(  # noqa: PLR0913
     """
     if sum(source is not None for source in (models or None, run, mergekit)) != 1:
         raise InputError("command line: merge: give one of --model, --run and --mergekit")
-    if run is None and not (arm is None and seed_index is None):
-        raise InputError("command line: merge: --arm and --seed-index go with --run")
     number_and_count = share_of(share)
     if mergekit is not None:
         from merit_fast.integrations.mergekit.run import merge_mergekit
@@ -81,10 +74,12 @@ def merge_command(  # noqa: PLR0913
             file, out, progress, assignments, dry_run=dry_run, share=number_and_count
         )
     config = parse(MergeConfig, override({}, assignments), "command line")
-    pairs = (
-        _models_of_run(run, arm, seed_index) if run else [_split_weight(m) for m in models or ()]
-    )
-    facts = _run_facts(Path(run), arm or "merit") if run else None
+    facts = None
+    if run:
+        branches, facts = run.branches(progress)
+        pairs: list[tuple[Location, float | None]] = [(path, None) for path in branches]
+    else:
+        pairs = [_split_weight(model) for model in models or ()]
     paths = [path for path, _ in pairs]
     weights = _weights(pairs)
     if tune is None:
@@ -109,14 +104,6 @@ def merge_command(  # noqa: PLR0913
             "command line: merge: --dry-run and --share go with a scale and weights in numbers"
         )
     return _merge_tuned(tune, pairs, weights, base, out, config, progress, facts)
-
-
-def _models_of_run(
-    run: str, arm: str | None, seed_index: int | None
-) -> list[tuple[Location, float | None]]:
-    from merit_fast.cli.merge.in_force import branches_in_force
-
-    return [(p, None) for p in branches_in_force(Path(run), arm or "merit", seed_index or 0)]
 
 
 def _merge_tuned(
@@ -244,21 +231,6 @@ def _coefficient(coefficient: float | None, weight: float | None) -> str:
     if coefficient is None or (weight is not None and abs(coefficient - weight) < 1e-9):
         return ""
     return f" (coefficient {coefficient:+.6f})"
-
-
-def _run_facts(run: Path, arm: str) -> RunFacts | None:
-    """The run's base and split for the model card; None where its split is gone."""
-    from merit_fast.manifests.io import read_manifest
-    from merit_fast.manifests.schemas import SplitManifest
-    from merit_fast.options.yaml import read_yaml
-
-    folder = run / SPLIT.folder
-    config = folder / "config.yml"
-    if not ((folder / SPLIT.file).is_file() and config.is_file()):
-        return None
-    values = read_yaml(config) or {}
-    split = read_manifest(SplitManifest, folder / SPLIT.file)
-    return RunFacts(str(values.get("model", "")), split, arm, is_stage=False)
 
 
 def _split_weight(text: str) -> tuple[Location, float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
     import argparse
 
     from merit_fast.cli.merge.command import Tune
+    from merit_fast.cli.merge.in_force import RunSource
     from merit_fast.progress import Progress
+
+_MOST_NEW_OBJECTS = 10_000  # between two looks for garbage; Python's own 700
 
 
 def add_merge(parser: Parser) -> Work:
     """Adds the arguments of `merge`, which also takes checkpoints without a run."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy multiplies no matrices here
+    gc.set_threshold(_MOST_NEW_OBJECTS)  # imports and plans make many objects and little garbage
     options = options_of(MERGE)
     help = "output directory; or the run's YAML file and values that override its keys"
     form = "OUT | CONFIG.yml [SECTION.KEY=VALUE ...]"
@@ -55,6 +60,9 @@ def add_merge(parser: Parser) -> Work:
     add("--run", metavar="DIR", help="output of `run`: merge the split in force into OUT")
     add("--arm", metavar="ARM", help="with --run: the arm to merge [default: merit]")
     add("--seed-index", metavar="N", type=int, help="with --run: number of the seed, from 0")
+    help = "with --run: enough branches, such as 3/4; the others cost their tokens [default: all]"
+    add("--quorum", metavar="I/N", help=help)
+    add("--grace", metavar="TIME", help="with --quorum: how long to wait for the others, as 2h")
     add("--mergekit", metavar="RECIPE.yml", help="a mergekit recipe to merge into OUT")
     add(
         "--validation",
@@ -98,8 +106,8 @@ def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
         raise InputError("command line: merge: --schedule and --last go with --trajectory")
     if not any(sources):
         given = (arguments.dry_run, arguments.base, arguments.share, arguments.validation)
-        if any(given) or arguments.arm or arguments.seed_index is not None:
-            flags = "--dry-run, --base, --share, --validation, --arm and --seed-index"
+        if any(given) or any(flag is not None for flag in _run_flags(arguments)):
+            flags = "--dry-run, --base, --share, --validation and the flags of --run"
             rule = "go with --model, --run, --mergekit or --trajectory"
             raise InputError(f"command line: merge: {flags} {rule}")
         require_merge_inputs(arguments.inputs)
@@ -120,17 +128,40 @@ def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
         arguments.inputs[0],
         arguments.model,
         arguments.base,
-        arguments.run,
+        _run_source(arguments),
         arguments.mergekit,
         assignments,
         progress,
         dry_run=arguments.dry_run,
         share=arguments.share,
-        arm=arguments.arm,
-        seed_index=arguments.seed_index,
         tune=_tune(arguments.validation, progress),
     )
     _show(arguments, summary)
+
+
+def _run_flags(arguments: argparse.Namespace) -> tuple[Any, ...]:
+    """The flags that go with --run."""
+    return arguments.arm, arguments.seed_index, arguments.quorum, arguments.grace
+
+
+def _run_source(arguments: argparse.Namespace) -> RunSource | None:
+    """The branches that --run and its flags name.
+
+    Raises:
+        InputError: such a flag is given without --run, or breaks its form.
+    """
+    if arguments.run is None:
+        if any(flag is not None for flag in _run_flags(arguments)):
+            rule = "--arm, --seed-index, --quorum and --grace go with --run"
+            raise InputError(f"command line: merge: {rule}")
+        return None
+    from pathlib import Path
+
+    from merit_fast.cli.merge.in_force import RunSource, parse_quorum
+
+    quorum = parse_quorum(arguments.quorum, arguments.grace)
+    arm = arguments.arm or "merit"
+    return RunSource(Path(arguments.run), arm, arguments.seed_index or 0, quorum)
 
 
 def _average_trajectory(
@@ -140,11 +171,11 @@ def _average_trajectory(
     from merit_fast.cli.merge.trajectory import trajectory_command
 
     sources = (arguments.model, arguments.run, arguments.mergekit)
-    others = (arguments.validation, arguments.arm, arguments.seed_index)
+    others = (arguments.validation, *_run_flags(arguments))
     if any(sources) or any(each is not None for each in others):
         raise InputError(
             "command line: merge: --trajectory goes without --model, --run, --mergekit, "
-            "--validation, --arm and --seed-index"
+            "--validation and the flags of --run"
         )
     return trajectory_command(
         arguments.inputs[0],

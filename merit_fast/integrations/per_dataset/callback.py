@@ -186,7 +186,7 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
             plain_save(output_dir, _internal_call)
             folder = Path(output_dir or trainer.args.output_dir)
             if not _internal_call:
-                self._write_after_save(folder)
+                self.write_files(folder)
             elif folder.name == f"checkpoint-{trainer.state.global_step}":
                 self._write_checkpoint(folder)
 
@@ -254,8 +254,11 @@ class MeritCallback(TrainerCallback):  # type: ignore[misc]
     def _counts_of_ranks(self) -> Counts:
         return Counts(over_ranks(self.counts), self._fingerprint, self._micro_batches)
 
-    def _write_after_save(self, folder: Path) -> None:
-        """Writes the files next to a model that the user saves; without talking to other ranks."""
+    def write_files(self, folder: Path) -> None:
+        """Writes the counts next to a model that somebody saved; asks no other rank.
+
+        ``save_model`` of the Trainer calls it.
+        """
         args = self._trainer.args
         counts = self._final
         steps = self._final_step

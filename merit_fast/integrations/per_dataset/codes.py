@@ -5,6 +5,7 @@ at padding. A collator lays codes out as it lays out tokens: it collates the row
 codes in the place of ``input_ids``.
 """
 
+import itertools
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,21 +85,28 @@ class CollatorWithCodes:
         self.column = column
         self.optional = optional  # rows that say no dataset give a batch without codes
 
-    def __call__(self, rows: list[Any]) -> Any:
+    def __call__(self, packs: list[Any]) -> Any:
+        """Collates rows, or lists of rows that become one line each, as axolotl packs them."""
+        sizes = [len(pack) if isinstance(pack, list) else None for pack in packs]
+        rows = [row for pack in packs for row in (pack if isinstance(pack, list) else [pack])]
         if self.optional and not any(self.column in row or CODES in row for row in rows):
-            return self.collator(rows)
+            return self.collator(packs)
         own = [
             {key: value for key, value in row.items() if key not in (self.column, CODES)}
             for row in rows
         ]
-        batch = self.collator([dict(row) for row in own])
+
+        def collate(flat: list[Any]) -> Any:
+            return self.collator(_in_packs(flat, sizes))
+
+        batch = collate([dict(row) for row in own])
         if not isinstance(batch, MutableMapping):
             raise InputError(
                 f"data_collator: {type(self.collator).__name__}: must give a batch with labels, as "
                 "supervised training has; losses per dataset are those of a causal model"
             )
         if CODES in rows[0]:
-            batch[CODES] = self._laid_out(own, [row[CODES] for row in rows], batch)
+            batch[CODES] = self._laid_out(own, [row[CODES] for row in rows], batch, collate)
             return batch
         ids = [row_id(row, self.column) for row in rows]
         names = sorted(set(ids))
@@ -106,15 +114,21 @@ class CollatorWithCodes:
         if "input_ids" in rows[0]:
             lengths = [len(row["input_ids"]) for row in own]
             codes = [example_codes(*each) for each in zip(numbers, lengths, strict=True)]
-            batch[CODES] = self._laid_out(own, codes, batch)
+            batch[CODES] = self._laid_out(own, codes, batch, collate)
         else:
             batch[CODES] = self._by_line(numbers, batch)
         batch[NAMES] = names
         return batch
 
-    def _laid_out(self, own: list[Any], codes: list[list[int]], batch: Any) -> Tensor:
+    def _laid_out(
+        self,
+        own: list[Any],
+        codes: list[list[int]],
+        batch: Any,
+        collate: Callable[[list[Any]], Any],
+    ) -> Tensor:
         """Collates the codes as if they were tokens, and checks that they lie where tokens do."""
-        again = self.collator(
+        again = collate(
             [
                 {**row, "input_ids": _of_same_kind(values, row["input_ids"])}
                 for row, values in zip(own, codes, strict=True)
@@ -148,6 +162,15 @@ class CollatorWithCodes:
             is_token = mask != 0
         codes += is_token & (is_token.cumsum(1) == 1)  # the first token of each line
         return torch.where(is_token, codes, PADDING)
+
+
+def _in_packs(rows: list[Any], sizes: Sequence[int | None]) -> list[Any]:
+    """Puts rows into lists of these sizes; None: the row itself."""
+    remaining = iter(rows)
+    return [
+        next(remaining) if size is None else list(itertools.islice(remaining, size))
+        for size in sizes
+    ]
 
 
 def _made_of_tokens(batch: Any) -> bool:

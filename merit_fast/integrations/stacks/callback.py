@@ -87,6 +87,9 @@ class StackCallback(TrainerCallback):  # type: ignore[misc]
             InputError: the start is no model.
         """
         self._fingerprint = model_fingerprint(resolve_model(str(self.start or loaded_from(model))))
+        self._count_calls(model)
+
+    def _count_calls(self, model: nn.Module) -> None:
         if self._hook is not None:
             self._hook.remove()
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from merit_fast.merge.engine.quantise.forms import Form, Forms
 
 
-@record
+@record(many=True)
 class OutputTensor:
     """One tensor of the output, and the input entries it is made of, in the order of the inputs."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Rule = tuple[float, ...] | DeltaRule | ElementRule | VectorRule | FunctionRule
 
 
-@record
+@record(many=True)
 class Segment:
     """A run of elements that is contiguous in every input and in the output. Offsets in bytes."""
 

@@ -39,7 +39,7 @@ class MethodValues:
         return TensorValues(self, name, shape, num_elements, from_base)
 
 
-@record
+@record(many=True)
 class TensorValues:
     """Parameters of one tensor of K models. ``from_base``: the method sees deltas from a base."""
 

@@ -32,12 +32,16 @@ _BARE = re.compile(r"[A-Za-z][\w./-]*", re.ASCII)
 
 @record
 class RunFacts:
-    """The run whose branches are merged. ``base``: its ``model`` key. ``arm``: the merged arm."""
+    """The run whose branches are merged. ``base``: its ``model`` key. ``arm``: the merged arm.
+
+    ``absent``: branches of the arm that the merge does without.
+    """
 
     base: str
     split: "SplitManifest"
     arm: str
     is_stage: bool  # whether the run merges them itself; config.yml then lies next to the card
+    absent: tuple[str, ...] = ()
 
 
 @record
@@ -224,6 +228,9 @@ def _split_text(run: RunFacts) -> str:
         chance = "" if null is None else f", of random splits {null:.3f}"
         lines[0] += f"; cross-validated η² {separation.cross_validated:.3f}{chance}"
     lines[0] += ".\n"
+    if run.absent:
+        names = ", ".join(f"`{name}`" for name in run.absent)
+        lines.append(f"**Without {names}**: not finished when the others were merged.\n")
     if run.arm in known:
         groups = split.group_of(run.arm)
         rows = [

@@ -28,7 +28,7 @@ from merit_fast.merge.read.companions import (
 )
 from merit_fast.merge.read.entries import TensorEntry
 from merit_fast.merge.read.headers import read_header
-from merit_fast.merge.read.remote import Location
+from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.write.answers import copy_adapter_answers
 from merit_fast.merge.write.quantization import write_quantization
 
@@ -275,8 +275,15 @@ def _known_checksum(file: Path) -> str:
     return checksum(file) if record is None else record[2]
 
 
-def free_bytes(path: Path) -> int:
-    """Free bytes of the disk that holds a path, which need not exist yet."""
+def free_bytes(path: Location) -> int:
+    """Free bytes of the disk that holds a path, which need not exist yet.
+
+    Of a place in a store: of the disk that gets temporary files.
+    """
+    if isinstance(path, RemotePath):
+        import tempfile
+
+        path = Path(tempfile.gettempdir())
     while not path.exists() and path != path.parent:
         path = path.parent
     disk = os.statvfs(path)

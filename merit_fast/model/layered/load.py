@@ -129,7 +129,8 @@ def _fill(
             value = placeholder(parameter.to(source.recipe.dtype)).to(device)
         else:
             value = source.recipe.make(model, device)[source.name]
-        values[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+        # As transformers does for what it loads, also where the model's class had frozen it.
+        values[id(parameter)] = nn.Parameter(value, value.is_floating_point())
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         for local, parameter in module._parameters.items():

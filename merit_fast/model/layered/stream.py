@@ -35,6 +35,7 @@ class LayerStream:
             before.free()
         unit.load()
         self._current = unit
+        unit.prefetch()
         step = -1 if before is not None and before.number > unit.number else 1
         if 0 <= unit.number + step < len(self.units):
             self.units[unit.number + step].prefetch()

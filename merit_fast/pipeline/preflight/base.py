@@ -69,6 +69,24 @@ def check_parts(base: Path, split: SplitConfig, freeze: Sequence[str] | None) ->
         raise InputError(f"split.{error}") from None
 
 
+def check_memory(base: Path, split: SplitConfig) -> None:
+    """Checks that a base can be read layer by layer, if ``split.memory`` wants that.
+
+    Raises:
+        InputError: it has quantised weights, or no safetensors files.
+    """
+    if split.memory != "layers":
+        return
+    from merit_fast.model import weight_files
+
+    weight_files(base)
+    if read_json(base / "config.json").get("quantization_config") is not None:
+        raise InputError(
+            "split.memory: must be auto or whole for quantised weights, got layers: "
+            f"{base / 'config.json'} has a quantization_config"
+        )
+
+
 def check_architecture(base: Path) -> str:
     """The base's ``model_type``, checked to be a causal language model of transformers.
 

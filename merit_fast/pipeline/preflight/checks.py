@@ -20,6 +20,7 @@ from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.preflight.base import (
     check_architecture,
     check_kernels,
+    check_memory,
     check_packing,
     check_parts,
 )
@@ -54,6 +55,7 @@ def check_stages(outputs: Outputs, data: RunData, stages: Sequence[Stage]) -> No
         check_architecture(outputs.base)
         check_kernels(pending)
     if SKETCH in pending:
+        check_memory(outputs.base, config.split)
         check_parts(outputs.base, config.split, config.train.freeze)
     if TRAIN in pending:
         check_training(outputs.base, config.train)

@@ -28,6 +28,7 @@ from merit_fast.pipeline.preflight.load import (
     train_load,
     warmup_load,
 )
+from merit_fast.pipeline.preflight.memory import describe_memory
 from merit_fast.pipeline.preflight.pending import pending_stages, warmup_is_pending
 from merit_fast.pipeline.preflight.rates import Rate, rate_of
 from merit_fast.units import human_bytes, human_count, human_time
@@ -177,6 +178,8 @@ def _row(stage: StageForecast) -> tuple[str, ...]:
 def _notes(outputs: Outputs, pending: Sequence[Stage], disk: Disk) -> list[str]:
     config = outputs.config
     notes = []
+    if TRAIN in pending and config.train.engine == "builtin":
+        notes.append(describe_memory(outputs.base, config.train))
     if TRAIN in pending and SPLIT in pending:
         notes.append("the split is not made yet: at most so many branches, equal ones are one")
     if config.split.groups == "auto" and SPLIT in pending:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from merit_fast.errors import InputError
-from merit_fast.model import DTYPES, auto_class, is_adapter, settle_dtype, weight_files
+from merit_fast.model import (
+    DTYPES,
+    auto_class,
+    is_adapter,
+    reads_images,
+    settle_dtype,
+    weight_files,
+)
 from merit_fast.model.dtype import Dtype
 from merit_fast.train.parallel.files import fill_tensor
 from merit_fast.train.parallel.pieces import own_part
@@ -28,13 +35,16 @@ def make_hollow_model(path: str, dtype: Dtype) -> Any:
 
     Raises:
         InputError: a weight of the model has no tensor of its name and shape in the files, or the
-            reverse; the files are quantised, or an adapter's; see ``divided_layers``.
+            reverse; the files are quantised, or an adapter's; the model reads images; see
+            ``divided_layers``.
     """
     from transformers import AutoConfig, GenerationConfig
 
     if is_adapter(Path(path)):
         raise InputError(f"{KEY}: must be none for a start that is an adapter, got {path}")
     config = AutoConfig.from_pretrained(path)
+    if reads_images(config):
+        raise InputError(f"{KEY}: must be none for a model that reads images, as that of {path}")
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{KEY}: must be none for quantised weights, as those of {path}")
     kind = getattr(torch, DTYPES[settle_dtype(dtype)])

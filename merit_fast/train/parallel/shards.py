@@ -65,7 +65,8 @@ class Shards(nn.Module):
         """Lets gathered parameters of a module note their gradients; FSDP2 keeps their objects."""
 
         def before(module: nn.Module, arguments: Any) -> None:
-            for last, parameter in module.named_parameters():
+            parameters: Any = module.named_parameters()
+            for last, parameter in parameters:
                 if parameter.requires_grad and not is_divided(parameter):
                     name = (prefix + last).removeprefix("model.")
                     note = functools.partial(self._note, name)
@@ -100,8 +101,9 @@ def divide_model(model: nn.Module, ranks: Ranks) -> Shards:
         embedding.set_unshard_in_backward(False)
     fully_shard(shards, **options)
     for name, module in shards.named_modules():
+        gathering: Any = module
         if isinstance(module, FSDPModule):
-            shards.note_gradients(module, f"{name}." if name else "")
+            shards.note_gradients(gathering, f"{name}." if name else "")
             module.set_gradient_divide_factor(1.0)  # of this module only
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
             module.set_reduce_scatter_unused_params(True)

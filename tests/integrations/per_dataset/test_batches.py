@@ -10,7 +10,8 @@ from support.sketch.trainer_runs import NAMES, arguments, llama, pad, rows, trai
 
 from merit_fast.errors import InputError
 from merit_fast.integrations import MeritCallback
-from merit_fast.integrations.per_dataset.codes import BatchDatasets
+from merit_fast.integrations.per_dataset.codes import CODES, BatchDatasets, CollatorWithCodes
+from merit_fast.integrations.per_dataset.codes import NAMES as NAMES_OF_BATCH
 from merit_fast.integrations.per_dataset.outputs import write_outputs
 from merit_fast.integrations.per_dataset.sketches import unpacked
 from merit_fast.integrations.per_dataset.sums import Counts
@@ -54,6 +55,33 @@ def test_padding_of_rows_without_tokens_is_not_counted(tmp_path, start):
         found = callback.counts[name]
         assert found.num_examples == len(own)
         assert found.num_tokens == sum(map(len, own))
+
+
+def packing_collator(packs):
+    """Puts each list of rows into one line, as axolotl packs, and pads the lines by 0."""
+    lines = {
+        key: [[value for row in pack for value in row[key]] for pack in packs]
+        for key in ("input_ids", "labels")
+    }
+    width = max(map(len, lines["labels"]))
+    return {
+        key: torch.tensor([line + [fill] * (width - len(line)) for line in lines[key]])
+        for key, fill in (("input_ids", 0), ("labels", -100))
+    }
+
+
+def test_lists_of_rows_that_become_one_line_keep_their_datasets():
+    """Batches of axolotl's sampler hold lists of rows."""
+    data = [
+        {"input_ids": [3] * length, "labels": [3] * length, "dataset_id": name}
+        for length, name in ((2, "a"), (3, "b"), (4, "a"))
+    ]
+    batch = CollatorWithCodes(packing_collator, "dataset_id")([data[:2], data[2:]])
+    owners = BatchDatasets(batch[CODES], batch[NAMES_OF_BATCH])
+    assert owners.names == ["a", "b"]
+    assert owners.of_tokens.tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 0, -1]]
+    assert owners.starts.nonzero().tolist() == [[0, 0], [0, 2], [1, 0]]
+    assert batch["input_ids"].tolist() == [[3] * 5, [3] * 4 + [0]]
 
 
 class PlainRows(torch.utils.data.Dataset):

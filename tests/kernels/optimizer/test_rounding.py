@@ -52,6 +52,29 @@ def test_8_bit_moments_stay_near_what_they_stand_for(backend):
         assert (a - b).norm() < 0.1 * (a - s).norm()
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the native kernels were not built")
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-12, 1.0, 1e15])
+def test_8_bit_codes_have_the_bits_of_the_definition_at_every_size(size, rounding):
+    """Blocks of all sizes, with zeros, tiny and huge neighbours, and lengths of no whole block."""
+    spread = torch.randn(3000, generator=torch.Generator().manual_seed(1)) * size
+    spread[::7] = 0.0
+    spread[1::11] *= 1e-6
+    spread[700:720] *= 1e4
+    gradients = [spread, spread[:333], spread[:7], torch.zeros(300)]
+    runs = [
+        train("fp32", 4, gradients=gradients, backend=b, moments="int8", rounding=rounding)
+        for b in ("eager", "cpu")
+    ]
+    for ours, theirs in zip(*(parameters for parameters, _ in runs), strict=True):
+        states = [
+            optimizer.state[p] for p, (_, optimizer) in zip((ours, theirs), runs, strict=True)
+        ]
+        assert torch.equal(bits(ours.detach()), bits(theirs.detach()))
+        for name in ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"):
+            assert torch.equal(bits(states[0][name]), bits(states[1][name])), name
+
+
 def test_a_tiny_second_moment_next_to_a_large_one_never_becomes_zero():
     values = torch.rand(256) * 1e-14
     values[3] = 1.0

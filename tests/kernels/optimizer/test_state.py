@@ -85,18 +85,6 @@ def state_of(make, **options):
     return parameters, optimizer.state_dict()
 
 
-class BitsAndBytes(torch.optim.Optimizer):
-    """Keeps its state under bitsandbytes' names."""
-
-    def __init__(self, parameters, lr, weight_decay):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-
-    def step(self):
-        for parameter in self.param_groups[0]["params"]:
-            moments = {name: torch.zeros_like(parameter) for name in ("state1", "state2")}
-            self.state[parameter] = {"step": 1, **moments}
-
-
 OTHER_RULES = [
     (torch.optim.Adam, {"weight_decay": 0.1}, "made with L2 decay .*weight_decay=0.1"),
     (torch.optim.AdamW, {"amsgrad": True}, "has no amsgrad"),
@@ -105,7 +93,6 @@ OTHER_RULES = [
     (torch.optim.NAdam, {"weight_decay": 0.0}, "is of RAdam or NAdam"),
     (torch.optim.Adamax, {}, "not AdamW's"),
     (torch.optim.Adagrad, {}, "not AdamW's"),
-    (BitsAndBytes, {}, "is of bitsandbytes"),
 ]
 
 

@@ -15,6 +15,7 @@ from support.warm import run_together
 from merit_fast.cli.main import main
 from merit_fast.errors import InputError
 from merit_fast.model import load_model
+from merit_fast.pipeline.branches import _job
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
 
@@ -84,6 +85,40 @@ def test_two_processes_train_the_branches_of_one(runs):
         ends = [load_model(str(path), "fp32").state_dict() for path in (one, two)]
         for key, tensor in ends[0].items():
             torch.testing.assert_close(ends[1][key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_hands_the_division_to_its_branches_and_trains_none_again(runs, monkeypatch):
+    folder, _ = runs
+    monkeypatch.chdir(folder / "one")
+    run = Run(read_run_config(Path("run.yml"), ["train.shard=full"]))
+    for branch in run.outputs.plan.trained:
+        _, recipe = _job(branch, run.outputs, run.data)
+        assert recipe.shard == "full"
+    assert not run.train()
+    warmup = Run(read_run_config(Path("run.yml"), ["train.shard=full", "split.warmup=0.25"]))
+    assert _job(warmup.outputs.warmup, warmup.outputs, warmup.data)[1].shard == "none"
+
+
+def test_a_base_that_cannot_be_divided_is_refused_before_processes_join(
+    tmp_path, tiny_model, tiny_mixture, monkeypatch, capsys
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    values = run_values(base, tiny_mixture)
+    values["train"]["shard"] = "full"
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("sys.argv", ["merit-fast", "train", "run.yml"])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert "train.shard: must be none" in error and "have no model.layers.2." in error
+    assert not (tmp_path / "out" / "branches").exists()
 
 
 @pytest.mark.parametrize("command", ["run", "split", "evaluate"])

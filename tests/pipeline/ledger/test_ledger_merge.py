@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -13,13 +14,13 @@ from support.paths import KILL_AT
 from support.runs import Notes
 from support.warm import run_python
 
+from merit_fast.cli.merge import in_force
 from merit_fast.cli.merge.command import merge_command
-from merit_fast.cli.merge.in_force import branches_in_force
+from merit_fast.cli.merge.in_force import Quorum, RunSource, branches_in_force, parse_quorum
 from merit_fast.cli.verify import verify_command
 from merit_fast.errors import InputError
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
-from merit_fast.progress import SilentProgress
 
 
 @pytest.fixture
@@ -96,16 +97,73 @@ def test_the_arm_and_the_seed_are_looked_up(out, tmp_path):
         branches_in_force(out, "joint")
     with pytest.raises(InputError, match="no arm 'merit.seed1'"):
         branches_in_force(out, "merit", 1)
-    with pytest.raises(InputError, match="--arm and --seed-index go with --run"):
-        merge_command("x", ["a"], None, None, None, [], SilentProgress(), arm="merit")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--arm", "merit"], ["--seed-index", "0"], ["--quorum", "1/2"], ["--grace", "1h"]]
+)
+def test_flags_of_a_run_go_with_one(call, flags):
+    code, _, error = call("merge", "x", "--model", "a", *flags)
+    assert code == 2 and "--quorum and --grace go with --run" in error
+
+
+@pytest.mark.parametrize(
+    "quorum,grace,rule",
+    [
+        ("3", None, "--quorum: must be I/N with 1 <= I <= N, got '3'"),
+        ("5/4", None, "--quorum: must be I/N"),
+        ("1/2", "soon", "--grace: must be a number and s, m, h or d, as in 2h, got 'soon'"),
+        (None, "2h", "--grace: goes with --quorum"),
+    ],
+)
+def test_a_quorum_and_a_grace_have_a_form(quorum, grace, rule):
+    with pytest.raises(InputError, match=re.escape(rule)):
+        parse_quorum(quorum, grace)
+    assert parse_quorum("3/4", "1.5h") == Quorum(3, 4, 5400.0)
+    assert [Quorum(3, 4).needed(count) for count in (1, 2, 4, 5)] == [1, 2, 3, 4]
+
+
+def test_a_quorum_merges_without_a_lost_branch_and_says_so(out, call):
+    """The weights are those of the branches that are there; the card names the others."""
+    shutil.rmtree(out / "branches/merit-1")
+    code, _, error = call("merge", "half", "--run", out)
+    assert code == 2 and "merit-1: is not finished; run first: merit-fast run" in error
+    code, _, error = call("merge", "half", "--run", out, "--quorum", "2/2")
+    assert code == 2 and error.strip().endswith("the quorum is 2, 1 are finished")
+    assert not Path("half").exists()
+    code, text, error = call("merge", "half", "--run", out, "--quorum", "1/2", "--grace", "0.1s")
+    assert code == 0 and "weight 1.000000" in text, error
+    assert "waiting for merit-1" in error and "merge: without merit-1: " in error
+    assert "**Without `merit-1`**: not finished" in Path("half/README.md").read_text()
+    ours = {n: b for n, b in tree_bytes(Path("half")).items() if n.startswith("model")}
+    one = {n: b for n, b in tree_bytes(out / "branches/merit-0").items() if n.startswith("model")}
+    assert ours == one
+
+
+def test_a_branch_that_ends_within_the_grace_is_merged(out, monkeypatch):
+    """The wait looks at the files again and again."""
+    shutil.move(out / "branches/merit-1", "later")
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 2:
+            shutil.move("later", out / "branches/merit-1")
+
+    monkeypatch.setattr(in_force.time, "sleep", sleep)
+    notes = Notes()
+    source = RunSource(out, quorum=Quorum(1, 2, 3600.0))
+    paths, facts = source.branches(notes)
+    assert [path.name for path in paths] == ["merit-0", "merit-1"] and facts.absent == ()
+    assert len(looks) == 2 and notes.notes == ["merge: waiting for merit-1"] * 2
 
 
 def test_merge_and_verify_of_a_run(out, tmp_path, capsys):
     notes = Notes()
-    merge_command("m", None, None, "out", None, [], notes)
+    merge_command("m", None, None, RunSource(out), None, [], notes)
     assert json.loads((tmp_path / "m/stage.json").read_text())["files"]
     assert not notes.notes
-    merge_command("m", None, None, "out", None, ["weights=uniform"], notes)
+    merge_command("m", None, None, RunSource(out), None, ["weights=uniform"], notes)
     assert notes.notes == ["m: merge.weights 'tokens' -> 'uniform'; merging again"]
     for directory in ("m", "out", "out/merged/merit"):
         verify_command(directory, as_json=False)

@@ -12,7 +12,9 @@ from support.runs import Notes, run_values
 from merit_fast.errors import InputError
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.preflight import disk
+from merit_fast.pipeline.preflight.base import check_memory
 from merit_fast.pipeline.run import Run
+from merit_fast.split.config import SplitConfig
 
 
 @pytest.fixture
@@ -103,6 +105,18 @@ def test_the_base_must_be_a_causal_lm_that_transformers_knows(refused, tmp_path,
         config = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
         assert message in refused(model=str(model))
+
+
+def test_a_quantised_base_is_not_read_layer_by_layer(tmp_path, tiny_model):
+    model = tmp_path / "quantised"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (model / "config.json").write_text(json.dumps(config))
+    check_memory(model, SplitConfig(memory="auto"))
+    check_memory(tiny_model, SplitConfig(memory="layers"))
+    with pytest.raises(InputError, match=r"split\.memory: must be auto or whole for quantised"):
+        check_memory(model, SplitConfig(memory="layers"))
 
 
 def test_a_base_without_safetensors_is_refused_before_training(refused, tmp_path, tiny_model):

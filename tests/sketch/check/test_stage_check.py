@@ -30,7 +30,7 @@ def test_the_check_changes_no_bit_and_stands_with_the_sums(tiny_model, tmp_path)
 
 def odd_model(monkeypatch):
     """Lets the stage load a model whose first down projection has a weight in two parts."""
-    real = sketching.load_model
+    real = sketching.load_model_for
 
     def load(*arguments):
         model = real(*arguments)
@@ -38,7 +38,7 @@ def odd_model(monkeypatch):
         torch.nn.utils.parametrizations.weight_norm(layer)
         return model
 
-    monkeypatch.setattr(sketching, "load_model", load)
+    monkeypatch.setattr(sketching, "load_model_for", load)
 
 
 def test_parameters_that_no_hook_covers_are_exact_and_told_once(tiny_model, tmp_path, monkeypatch):
@@ -58,14 +58,14 @@ def test_parameters_that_no_hook_covers_are_exact_and_told_once(tiny_model, tmp_
 def test_a_row_without_a_finite_gradient_is_named_and_its_dataset_not_written(
     tiny_model, tmp_path, monkeypatch
 ):
-    real = sketching.load_model
+    real = sketching.load_model_for
 
     def load(*arguments):
         model = real(*arguments)
         model.get_input_embeddings().weight.data[11] = torch.nan
         return model
 
-    monkeypatch.setattr(sketching, "load_model", load)
+    monkeypatch.setattr(sketching, "load_model_for", load)
     told = r"sketch: clear: row \d+, counted from 0: must have a finite gradient in fp32, found NaN"
     with pytest.raises(MeritFastError, match=told):
         sketch(tiny_model, tmp_path, examples=8)

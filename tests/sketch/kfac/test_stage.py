@@ -11,6 +11,7 @@ from merit_fast.data import collate
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.model import load_model, target_losses
+from merit_fast.model.layered.choose import load_model_for
 from merit_fast.options.parser import parse
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.gradients import GradientSketcher
@@ -195,7 +196,7 @@ def test_options_that_do_not_go_together(options, message):
 def test_a_gradient_that_is_not_finite_is_named_by_dataset_and_row(
     tiny_model, first_rows, tmp_path, monkeypatch
 ):
-    load = load_model
+    load = load_model_for
 
     def broken(*arguments):
         model = load(*arguments)
@@ -203,7 +204,7 @@ def test_a_gradient_that_is_not_finite_is_named_by_dataset_and_row(
             model.get_input_embeddings().weight[9] = float("inf")
         return model
 
-    monkeypatch.setattr("merit_fast.sketch.mixture.stage.load_model", broken)
+    monkeypatch.setattr("merit_fast.sketch.mixture.stage.load_model_for", broken)
     with pytest.raises(MeritFastError, match=r"sketch: clear: one of the rows \[0, 1, .*finite"):
         sketch(tiny_model, tmp_path, normalize="kfac", check="never", **SMALL)
     assert not list(tmp_path.glob("*.safetensors"))

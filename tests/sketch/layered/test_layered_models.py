@@ -11,7 +11,8 @@ from torch import nn
 import merit_fast
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.model import load_model
-from merit_fast.model.layered.stream import LayerStream
+from merit_fast.model.layered.stack import layers_of, parameters_of_layers
+from merit_fast.model.layered.stream import LayerStream, stream_layer
 from merit_fast.model.layered.unit import Unit
 from merit_fast.sketch.gradients import GradientSketcher
 
@@ -194,3 +195,42 @@ def test_a_layer_inside_another_is_refused():
 
     with pytest.raises(MeritFastError, match="layer b runs inside another layer"):
         stream.call(units[0], outer, (torch.ones(2),), {})
+
+
+def toy():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(3)]
+    layers[1][0].weight = layers[0][0].weight
+    model = nn.Module()
+    model.stack = nn.ModuleList([layers[0], layers[1], layers[2], layers[2]])
+    model.head = nn.Linear(5, 5)
+    model.head.bias = layers[2][0].bias
+    return model
+
+
+def test_a_parameter_of_two_owners_stays_in_memory_and_a_shared_layer_is_one():
+    model = toy()
+    layers = layers_of(model)
+    assert list(layers) == ["stack.0", "stack.1", "stack.2"]
+    owned = {name: list(of_layer) for name, of_layer in parameters_of_layers(model, layers).items()}
+    assert owned == {
+        "stack.0": ["stack.0.0.bias"],
+        "stack.1": ["stack.1.0.bias"],
+        "stack.2": ["stack.2.0.weight"],
+    }
+
+
+def test_a_layer_that_is_called_twice_has_the_gradients_of_an_ordinary_one():
+    plain, streamed = toy(), toy()
+    layers = layers_of(streamed)
+    stream = LayerStream([Unit(name, i, {}, {}, streamed) for i, name in enumerate(layers)])
+    for unit in stream.units:
+        stream_layer(layers[unit.name], stream, unit)
+    x = torch.randn(4, 5)
+    for model in (plain, streamed):
+        y = x
+        for layer in model.stack:
+            y = layer(y)
+        model.head(y).square().sum().backward()
+    gradients = [[p.grad for p in model.parameters()] for model in (plain, streamed)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -26,7 +26,7 @@ ARROWS = {
     "pipeline": BASE
     | {"data", "kernels", "model", "patch"}
     | {"sketch", "split", "train", "merge", "evaluate", "report", "tune"},
-    "execution": BASE | {"model", "pipeline"},
+    "execution": BASE | {"data", "model", "pipeline"},
     "init": BASE | {"data", "model", "pipeline"},
     "export": BASE | {"data", "pipeline"},
     "engines": BASE

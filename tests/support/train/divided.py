@@ -1,6 +1,6 @@
 """One of the processes that train branches together, whole and divided.
 
-    python -m support.divided RANK SIZE FOLDER CASE...
+    python -m support.train.divided RANK SIZE FOLDER CASE...
 
 FOLDER has the starts ``tied`` and ``untied``. A case trains into FOLDER/CASE.whole and
 FOLDER/CASE.divided; ``killed`` ends with kill -9 of the leader, ``resumed`` takes that up.
@@ -18,12 +18,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from support.tiny import make_model
 from support.training import CONFIG, dataset, held_out_rows, job
 from torch import Tensor, nn
 
+from merit_fast.errors import InputError
 from merit_fast.progress import SilentProgress
 from merit_fast.train import TrainConfig
 from merit_fast.train.adapter.config import AdapterConfig
+from merit_fast.train.optimizer import MasterAdamW, NonFiniteGradient
+from merit_fast.train.parallel.load import fill_model, make_hollow_model
 from merit_fast.train.parallel.pieces import own_part, rows_of
 from merit_fast.train.parallel.ranks import Ranks
 from merit_fast.train.parallel.shards import divide_model
@@ -52,7 +57,7 @@ CASES: dict[str, tuple[str, TrainConfig]] = {
     "packed": ("tied", replace(_EAGER, packing=True, accumulation=3, epochs=1)),
     "small_moments": ("tied", replace(_EAGER, optimizer="adamw-8bit", epochs=1)),
 }
-RESUMED = ("tied", replace(CONFIG, checkpoint_steps=2, clip_norm=0.5))
+RESUMED = ("tied", replace(_EAGER, checkpoint_steps=2, clip_norm=0.5))
 IN_BACKWARD = ("tied", replace(_EAGER, update_in_backward="two-pass", clip_norm=0.1, epochs=1))
 
 
@@ -69,8 +74,7 @@ def train_in(out: Path, base: Path, config: TrainConfig, ranks: Ranks) -> None:
         train_branch(work, config, out, SilentProgress(), ranks=ranks)
     else:
         follow_branch(work, config, out, ranks)
-    if ranks.size > 1:
-        dist.barrier()
+    dist.barrier()
 
 
 def run_case(folder: Path, name: str, ranks: Ranks) -> None:
@@ -98,15 +102,14 @@ def killed(folder: Path, ranks: Ranks) -> None:
 
 
 def resumed(folder: Path, ranks: Ranks) -> None:
-    """Takes a copy of the killed run up; in two processes, next to runs that were not killed."""
+    """Takes a copy of the killed run up; two processes also train one that was not killed."""
     start, config = RESUMED
     out = folder / f"resumed{ranks.size}"
     if ranks.leads:
         shutil.copytree(folder / "killed", out)
-    if ranks.size > 1:
-        dist.barrier()
-    shard: Any = "full" if ranks.size > 1 else "none"
-    train_in(out, folder / start, replace(config, shard=shard), ranks)
+    dist.barrier()
+    config = replace(config, shard="full")
+    train_in(out, folder / start, config, ranks)
     if ranks.size == 2:
         train_in(folder / "unbroken", folder / start, config, ranks)
 
@@ -166,6 +169,36 @@ def unused(folder: Path, ranks: Ranks) -> None:
     for name, whole in expected.items():
         gradient = own_part(getattr(layer, name).grad)
         assert torch.equal(gradient, whole[first : first + count]), (name, gradient)
+    optimizer = MasterAdamW(model, CONFIG, None, ranks)
+    if not ranks.leads:  # the leader has none of these rows
+        own_part(layer.first_only.grad).fill_(float("nan"))
+    try:
+        optimizer.step(1e-3)
+    except NonFiniteGradient as error:
+        assert error.parameter == "layers.0.first_only", error
+    else:
+        raise AssertionError("a NaN of one process was taken")
+
+
+def two_copies(folder: Path, ranks: Ranks) -> None:
+    """Files that hold a tied weight twice: equal copies are one weight, others are refused."""
+    for last, message in ((0.0, ""), (1.0, "lm_head.weight, whose stored values differ")):
+        base = folder / f"copies{last}"
+        if ranks.leads:
+            make_model(base, shard="1GB")
+            tensors = load_file(base / "model.safetensors")
+            copy = tensors["model.embed_tokens.weight"].clone()
+            copy[-1, -1] += last
+            save_file({**tensors, "lm_head.weight": copy}, base / "model.safetensors")
+        dist.barrier()
+        model = make_hollow_model(str(base), "fp32")
+        divide_model(model, ranks)
+        try:
+            fill_model(model, str(base), ranks)
+            refused = ""
+        except InputError as error:
+            refused = str(error)
+        assert refused.endswith(message) and bool(refused) == bool(message), refused
 
 
 OTHERS: dict[str, Callable[[Path, Ranks], None]] = {
@@ -173,6 +206,7 @@ OTHERS: dict[str, Callable[[Path, Ranks], None]] = {
     "resumed": resumed,
     "in_backward": in_backward,
     "unused": unused,
+    "two_copies": two_copies,
 }
 
 

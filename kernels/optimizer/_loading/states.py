@@ -145,11 +145,6 @@ def _check_group(group: Mapping[str, Any]) -> None:
 
 
 def _check_state(name: Any, state: Mapping[str, Any]) -> None:
-    if "state1" in state:
-        raise ValueError(
-            f"FusedAdamW: the loaded state of parameter {name} is of bitsandbytes (state1, state2, "
-            "...), which is not read; begin with a new state"
-        )
     missing = [key for key in ADAMW_KEYS if key not in state]
     unknown = sorted(str(key) for key in state if key not in ADAMW_KEYS + OUR_KEYS)
     if missing or unknown:

@@ -1,0 +1,1 @@
+"""State dicts that an optimizer loads: of its own, of torch, of other libraries."""
