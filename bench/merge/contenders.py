@@ -49,7 +49,8 @@ def call_ties(out: Path, models: Sequence[Path]) -> dict[str, float]:
     """``merge_models`` by TIES; the last of the models is the base."""
     from merit_fast.merge import MergeConfig, merge_models
 
-    config = MergeConfig(weights="uniform", method="ties", density=0.5, **no_fsync())
+    options: dict[str, Any] = no_fsync()
+    config = MergeConfig(weights="uniform", method="ties", density=0.5, **options)
     clock = start_clock()
     merge_models(models[:-1], base=models[-1], out=out, config=config)
     return {**clock(), "inner_peak_mib": peak_mib()}
