@@ -52,7 +52,7 @@ def keep_names(cfg: Any, names: Sequence[str] = (), column: str | None = None) -
         return _by_name(dataset, column, lambda part: plain_wrap(*arguments, dataset=part, **more))
 
     def load(*arguments: Any, **more: Any) -> Any:
-        config = more.get("dataset_config", arguments[0] if arguments else None)
+        config = more["dataset_config"] if "dataset_config" in more else arguments[0]
         split = more.get("split", arguments[3] if len(arguments) > 3 else None)
         splits.append(str(split))
         try:
@@ -66,12 +66,9 @@ def keep_names(cfg: Any, names: Sequence[str] = (), column: str | None = None) -
     def digest(*arguments: Any, **more: Any) -> str:
         return f"{plain_hash(*arguments, **more)}-merit"
 
-    for name, function, plain in (
-        (_WRAP, wrap, plain_wrap),
-        (_LOAD, load, plain_load),
-        (_HASH, digest, plain_hash),
-    ):
-        function._merit_plain = plain  # type: ignore[attr-defined]
+    replaced: dict[str, Any] = {_WRAP: wrap, _LOAD: load, _HASH: digest}
+    for name, function in replaced.items():
+        function._merit_plain = _plain(loader, name)
         setattr(loader, name, function)
 
 
