@@ -52,6 +52,7 @@ class MeritArgs(BaseModel):  # type: ignore[misc]
         merit_datasets: names of the datasets for branch.json.
         merit_losses: log losses and tokens of each dataset; ``merit_datasets`` then names all of
             them, or is absent: the names of their files.
+        merit_column: column of the rows with the dataset's name, for ``merit_losses``.
     """
 
     merit_kernels: Literal["auto", "eager"] = "auto"
@@ -59,6 +60,7 @@ class MeritArgs(BaseModel):  # type: ignore[misc]
     merit_branch: bool = True
     merit_datasets: list[str] = []
     merit_losses: bool = False
+    merit_column: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -91,7 +93,9 @@ class MeritPlugin(BasePlugin):  # type: ignore[misc]
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Lets axolotl's own loader keep the dataset of each row, where losses need it."""
         if cfg.get("merit_losses"):
-            keep_names(cfg, tuple(cfg.get("merit_datasets") or ()))
+            column = cfg.get("merit_column")
+            names = () if column else tuple(cfg.get("merit_datasets") or ())
+            keep_names(cfg, names, column)
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
         """Patches the model before adapters are laid on it."""

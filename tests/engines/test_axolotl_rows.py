@@ -25,9 +25,14 @@ def loader(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     made = modules[names[-1]]
 
-    def load(dataset_config, cfg, tokenizer, split, seed):
-        return Dataset.from_dict({"input_ids": [[1, 2], [3]]}), "prompter"
+    def wrap(dataset_config, tokenizer, cfg, dataset=None):
+        return Dataset.from_dict({"input_ids": [[value] for value in dataset["text"]]}), "prompter"
 
+    def load(dataset_config, cfg, tokenizer, split, seed):
+        raw = Dataset.from_dict({"text": [3, 1, 2], "task": ["b", "a", "b"]})
+        return made.get_dataset_wrapper(dataset_config, tokenizer, cfg, dataset=raw)
+
+    made.get_dataset_wrapper = wrap
     made._load_and_process_single_dataset = load
     made.generate_dataset_hash_from_config = lambda cfg, datasets, name: "digest"
     return made
@@ -40,16 +45,26 @@ def rows_of(loader, number, split="train"):
 
 def test_training_rows_get_their_files_or_given_names_and_a_folder_of_their_own(loader):
     keep_names(CONFIG)
-    assert rows_of(loader, 0)[COLUMN] == ["train_facts"] * 2
-    assert rows_of(loader, 1)[COLUMN] == ["code"] * 2
+    assert rows_of(loader, 0)[COLUMN] == ["train_facts"] * 3
+    assert rows_of(loader, 1)[COLUMN] == ["code"] * 3
     assert COLUMN not in rows_of(loader, 0, split="test").column_names
     assert loader.generate_dataset_hash_from_config(CONFIG, [], "x") == "digest-merit"
     keep_names(CONFIG, ("facts", "programs"))
     rows = rows_of(loader, 1)
-    assert rows[COLUMN] == ["programs"] * 2
+    assert rows[COLUMN] == ["programs"] * 3
     assert loader.generate_dataset_hash_from_config(CONFIG, [], "x") == "digest-merit"
     assert without_names(rows).column_names == ["input_ids"]
     assert without_names(None) is None
+
+
+def test_rows_that_name_their_dataset_keep_their_order(loader):
+    keep_names(CONFIG, column="task")
+    rows = rows_of(loader, 0)
+    assert rows["input_ids"] == [[3], [1], [2]] and rows[COLUMN] == ["b", "a", "b"]
+    assert COLUMN not in rows_of(loader, 0, split="test").column_names
+    keep_names(CONFIG, column="absent")
+    with pytest.raises(InputError, match="merit_column: absent: is no column of the rows"):
+        rows_of(loader, 0)
 
 
 def test_what_cannot_be_told_apart_is_refused(loader):

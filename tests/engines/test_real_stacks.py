@@ -127,7 +127,7 @@ def test_axolotl_tells_losses_per_dataset(call, split_run, axolotl_config, envir
     python = interpreter("axolotl")
     values = yaml.safe_load(axolotl_config.read_text())
     values |= {"merit_losses": True, "sample_packing": packed, "learning_rate": 0.0}
-    values |= {"num_epochs": 1, "seed": 1}
+    values |= {"num_epochs": 1, "seed": 1, "merit_column": "dataset"}
     del values["merit_datasets"], values["merit_optimizer"]
     axolotl_config.write_text(yaml.safe_dump(values))
     words = ["train.engine=axolotl", f"train.engine_config={axolotl_config}"]
@@ -137,7 +137,7 @@ def test_axolotl_tells_losses_per_dataset(call, split_run, axolotl_config, envir
         folder = split_run.parent / "out" / "branches" / name
         branch = json.loads((folder / "branch.json").read_text())
         counts = json.loads((folder / "dataset_counts.json").read_text())["datasets"]
-        assert set(counts) == {f"train_{dataset}" for dataset in branch["datasets"]}
+        assert set(counts) == set(branch["datasets"])
         targets = [each["num_target_tokens"] for each in counts.values()]
         assert sum(targets) == branch["num_target_tokens"]
         assert {each["num_examples"] for each in counts.values()} == {8}
