@@ -103,16 +103,22 @@ def fields(record: Any) -> tuple[Field, ...]:
 
 
 def replace(record: T, /, **changes: Any) -> T:
-    """A copy of a record with some fields of other values; checks its rules again."""
-    for name in record.__record_fields__:  # type: ignore[attr-defined]
+    """A copy of a record, or of a dataclass, with some fields of other values; checks its rules."""
+    if not hasattr(record, "__record_fields__"):
+        import dataclasses
+
+        of_dataclass: Any = dataclasses.replace
+        copied: T = of_dataclass(record, **changes)
+        return copied
+    for name in record.__record_fields__:
         if name not in changes:
             changes[name] = getattr(record, name)
     return type(record)(**changes)
 
 
 def to_dict(record: Any) -> dict[str, Any]:
-    """Field names and values; records among the values stay records."""
-    return {name: getattr(record, name) for name in record.__record_fields__}
+    """Field names and values of a record or dataclass; records among the values stay records."""
+    return {item.name: getattr(record, item.name) for item in fields(record)}
 
 
 def _fields_of_dataclass(cls: Any) -> tuple[Field, ...]:

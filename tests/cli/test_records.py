@@ -202,3 +202,17 @@ def test_the_rules_of_a_record_are_checked_at_every_change():
 def test_a_field_of_a_record_is_no_default_of_a_dataclass():
     with pytest.raises(ValueError, match="mutable default"):
         dataclasses.make_dataclass("Wrong", [("x", int, field(default=1))])
+
+
+def test_functions_of_records_take_dataclasses_too():
+    """A room that still has dataclasses may share a function with one that has records."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Plain:
+        x: int
+        y: tuple[int, ...] = (1,)
+
+    one = Plain(3)
+    assert replace(one, x=8) == Plain(8)
+    assert to_dict(one) == {"x": 3, "y": (1,)}
+    assert [item.name for item in fields(one)] == ["x", "y"]

@@ -8,7 +8,7 @@ from support.checks import tree_bytes
 from support.tiny import make_model
 
 from merit_fast.data import DataConfig, DatasetConfig, load_mixture, load_tokenizer
-from merit_fast.evaluate import EvaluateConfig, evaluate_arms, stage
+from merit_fast.evaluate import EvaluateConfig, evaluate_arms, evaluator
 from merit_fast.evaluate.models import EvaluatedModels, EvaluationInputs, MergedArm
 from merit_fast.manifests.io import write_manifest
 from merit_fast.manifests.schemas import BranchManifest
@@ -148,7 +148,7 @@ def test_an_interrupted_evaluation_resumes_to_the_same_bytes(
         write_manifest(manifest, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "write_manifest", write)
+        patch.setattr(evaluator, "write_manifest", write)
         with pytest.raises(KeyboardInterrupt):
             evaluate_arms(models, inputs, tmp_path, SilentProgress())
     progress = Counting()
