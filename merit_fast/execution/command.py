@@ -1,8 +1,10 @@
 """One unit as a process: its command line, its log and its result, on whatever machine it runs."""
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from typing import Any
 from merit_fast.manifests.stages import TRAIN
 
 _LOOK_S = 0.5
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
 _TAIL = 4000  # bytes of a log that are searched for its last line
 
 
@@ -90,7 +94,10 @@ def unit_command(
 
 
 def start_process(command: UnitCommand) -> "subprocess.Popen[bytes]":
-    """Starts a unit in a process group of its own; standard output is a pipe."""
+    """Starts a unit in a process group of its own; standard output is a pipe.
+
+    The system ends the unit when this process dies, however it dies.
+    """
     log = Path(command.log)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as messages:
@@ -101,7 +108,14 @@ def start_process(command: UnitCommand) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             env={**os.environ, **dict(command.environment)},
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
+
+
+def _end_with_parent() -> None:
+    """Asks Linux for a signal when the parent dies; runs in the child before its program."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def ended(command: UnitCommand, code: int, output: bytes) -> Ended:

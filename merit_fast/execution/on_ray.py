@@ -62,7 +62,7 @@ class RayExecutor:
 
     def stop(self) -> None:
         for task in self._tasks:
-            self._ray.cancel(task)  # interrupts the task, which ends its unit
+            self._ray.cancel(task, force=True)  # the unit ends with its worker
         if self._tasks:
             self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=30)
         self._tasks.clear()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -100,3 +101,24 @@ def test_signals_reach_a_group_of_its_own(tmp_path):
     executor.start(command(tmp_path, "a", "import os; os.kill(0, 15)"))  # its own group only
     [result] = executor.wait()
     assert result.code == -signal.SIGTERM
+
+
+def test_a_unit_ends_with_a_driver_that_is_killed(tmp_path):
+    """Nothing of the driver's own runs at its end."""
+    script = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()));"
+    script += "import time; time.sleep(300)"
+    driver = (
+        "import os; from pathlib import Path;"
+        "from merit_fast.execution.command import UnitCommand, start_process;"
+        f"start_process(UnitCommand('a', ({sys.executable!r}, '-c', {script!r}), "
+        f"{str(tmp_path / 'log')!r}));\n"
+        f"while not (Path({str(tmp_path / 'pid')!r}).exists()\n"
+        f"           and Path({str(tmp_path / 'pid')!r}).read_text()): pass\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", driver], timeout=60).returncode == -9
+    unit = Path("/proc") / (tmp_path / "pid").read_text()
+    end = time.monotonic() + 30
+    while is_alive(unit):
+        assert time.monotonic() < end
+        time.sleep(0.05)
