@@ -1,5 +1,6 @@
 """Inputs that a merge takes and refuses: weights, files, models, failing disks."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,16 @@ def test_integer_tensors_that_differ_are_named(tmp_path):
 
 
 def test_a_full_disk_is_said_before_any_work(branches, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    statvfs = os.statvfs
+
+    def nearly_full(path):
+        """The file system of a path, with ten free bytes."""
+        fields = list(statvfs(path))
+        fields[1] = 1  # bytes of a block
+        fields[4] = 10  # free blocks
+        return os.statvfs_result(fields)
+
+    monkeypatch.setattr(os, "statvfs", nearly_full)
     with pytest.raises(InputError, match="the disk has 10"):
         merge(branches, WEIGHTS, tmp_path / "out")
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from merit_fast.cli.merge.in_force import RunSource
     from merit_fast.progress import Progress
 
+_RUN_FLAGS = "--arm, --seed-index, --quorum and --grace"
 _MOST_NEW_OBJECTS = 10_000  # between two looks for garbage; Python's own 700
 
 
@@ -107,7 +108,7 @@ def _merge(arguments: argparse.Namespace, options: type[Any]) -> None:
     if not any(sources):
         given = (arguments.dry_run, arguments.base, arguments.share, arguments.validation)
         if any(given) or any(flag is not None for flag in _run_flags(arguments)):
-            flags = "--dry-run, --base, --share, --validation and the flags of --run"
+            flags = f"--dry-run, --base, --share, --validation, {_RUN_FLAGS}"
             rule = "go with --model, --run, --mergekit or --trajectory"
             raise InputError(f"command line: merge: {flags} {rule}")
         require_merge_inputs(arguments.inputs)
@@ -152,8 +153,7 @@ def _run_source(arguments: argparse.Namespace) -> RunSource | None:
     """
     if arguments.run is None:
         if any(flag is not None for flag in _run_flags(arguments)):
-            rule = "--arm, --seed-index, --quorum and --grace go with --run"
-            raise InputError(f"command line: merge: {rule}")
+            raise InputError(f"command line: merge: {_RUN_FLAGS} go with --run")
         return None
     from pathlib import Path
 
@@ -175,7 +175,7 @@ def _average_trajectory(
     if any(sources) or any(each is not None for each in others):
         raise InputError(
             "command line: merge: --trajectory goes without --model, --run, --mergekit, "
-            "--validation and the flags of --run"
+            f"--validation, {_RUN_FLAGS}"
         )
     return trajectory_command(
         arguments.inputs[0],

@@ -161,7 +161,7 @@ def test_the_command_line_does_and_lists_units(by_units, configured, call, tmp_p
     [
         ("units/sketch/codes$", "sketch/codes"),
         ("sketch.tmp/codes.safetensors", "sketch"),
-        ("checkpoint", "train/merit-1"),
+        ("branches/merit-1$", "train/merit-1"),
         ("units/evaluate/merit-0$", "evaluate/merit-0"),
     ],
 )
