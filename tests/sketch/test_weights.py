@@ -173,7 +173,7 @@ def test_only_datasets_whose_sharing_changes_are_sketched_again(tiny_model, tmp_
     (tmp_path / "second").mkdir()
     sketch_mixture(
         str(tiny_model), "fingerprint", joined, 1, options, tmp_path / "second", notes,
-        tmp_path / "first",
+        [tmp_path / "first"],
     )  # fmt: skip
     assert notes.notes == ["sketch: 1 of 3 datasets are as before, their sketches are reused"]
     fresh = stage(tiny_model, tmp_path / "fresh", joined)
