@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from support.paths import TESTS
 from support.tiny import make_model, make_tokenizer
 from support.train.divided import CASES, RESUMED, job_of
 from support.training import read_metrics, weights
@@ -20,8 +21,14 @@ MEASURED = ("timing.json", "metrics.jsonl")
 CLOSE = {"packed": 2e-6, "in_backward": 2e-6, "small_moments": 2e-3}
 
 
+RANK = (
+    f"import runpy, sys; sys.path.insert(0, {str(TESTS)!r});"
+    "runpy.run_module('support.train.divided', run_name='__main__', alter_sys=True)"
+)
+
+
 def run_ranks(folder, size, *names):
-    commands = [["-m", "support.train.divided", rank, size, folder, *names] for rank in range(size)]
+    commands = [["-c", RANK, rank, size, folder, *names] for rank in range(size)]
     return run_together([[str(word) for word in command] for command in commands], timeout=240)
 
 
