@@ -76,10 +76,10 @@ def test_other_images_under_the_same_text_are_sketched_again(vision_folders, tmp
     for number, rows in enumerate((examples, examples, others)):
         out = tmp_path / str(number)
         out.mkdir()
-        earlier = tmp_path / str(number - 1) if number else None
+        earlier = [tmp_path / str(number - 1)] if number else []
         notes = Notes()
         arguments = (str(folder), "print", [Dataset("digits", rows)], 0, config, out, notes)
-        sketch_mixture(*arguments, [earlier])
+        sketch_mixture(*arguments, earlier)
         assert any("reused" in note for note in notes.notes) == (number == 1)
         bytes_of.append((out / "digits.safetensors").read_bytes())
     assert bytes_of[0] == bytes_of[1] != bytes_of[2]
