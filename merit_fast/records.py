@@ -1,10 +1,9 @@
 """Frozen records: dataclasses whose classes cost microseconds to make.
 
 ``dataclasses`` writes and compiles the methods of every class, about a millisecond each, and
-imports ``inspect``. The merge command makes some 80 such classes in a process that may live for
-half a second, so its modules use ``record``, whose methods are shared by all classes. Everything
-else behaves as in ``dataclasses.dataclass(frozen=True)``: ``dataclasses.fields``, ``replace``,
-``asdict`` and ``is_dataclass`` take records too. Elsewhere use ``dataclasses``.
+imports ``inspect``. The merge command makes some 80 such classes, so its modules use ``record``,
+whose methods all classes share. Everything else behaves as in ``dataclass(frozen=True)``:
+``dataclasses.fields``, ``replace``, ``asdict`` and ``is_dataclass`` take records too.
 """
 
 from collections.abc import Callable, Mapping
@@ -105,11 +104,9 @@ def fields(record: Any) -> tuple[Field, ...]:
 def replace(record: T, /, **changes: Any) -> T:
     """A copy of a record, or of a dataclass, with some fields of other values; checks its rules."""
     if not hasattr(record, "__record_fields__"):
-        import dataclasses
+        from dataclasses import replace
 
-        of_dataclass: Any = dataclasses.replace
-        copied: T = of_dataclass(record, **changes)
-        return copied
+        return replace(record, **changes)  # type: ignore[type-var]
     for name in record.__record_fields__:
         if name not in changes:
             changes[name] = getattr(record, name)
@@ -270,9 +267,8 @@ def _refuse_delete(self: Any, name: str) -> None:
     raise FrozenInstanceError(f"cannot delete field {name!r}")
 
 
-def _state(self: Any) -> tuple[Any, ...]:
-    values: tuple[Any, ...] = self.__record_values__(self)
-    return values
+def _state(self: Any) -> Any:
+    return self.__record_values__(self)
 
 
 def _take_state(self: Any, values: tuple[Any, ...]) -> None:
