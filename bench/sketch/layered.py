@@ -2,9 +2,9 @@
 
     python -m bench.sketch.layered DIR [--size 14b|1b|mini] [--rows 1] [--tokens 64] [--random 10]
 
-Makes a bf16 checkpoint of a Qwen2 shape in DIR (14b: 29.5 GB), of which embeddings, head and
-``--random`` layers are on the disk; the other layers are holes of sparse files, whose zeros the
-system delivers through the page cache as it does bytes of the disk. Prints one line of JSON:
+Makes a bf16 checkpoint of a Qwen2 shape in DIR (14b: 29.5 GB). Embeddings, head and ``--random``
+layers are on the disk. The other layers are holes of sparse files; the system delivers their zeros
+through the page cache as it does bytes of the disk. Prints one line of JSON:
 
     reads      every file from the first to the last and back, by read() from a cold cache
     products   a step of the same model with 1 and 2 layers in memory: rest + layers * (the

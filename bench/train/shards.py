@@ -102,7 +102,8 @@ def measure(variant: Variant, folder: Path, config: TrainConfig, tokens: int) ->
     (folder / "out").mkdir(exist_ok=True)
     config = replace(config, shard=variant.shard)  # type: ignore[arg-type]
     arguments = (variant.ranks, folder, config, tokens)
-    start_processes(rank_main, arguments, nprocs=variant.ranks, start_method="spawn")  # type: ignore[no-untyped-call]
+    start: Any = start_processes
+    start(rank_main, arguments, nprocs=variant.ranks, start_method="spawn")
     return [int((folder / f"peak{rank}").read_text()) for rank in range(variant.ranks)]
 
 

@@ -71,7 +71,7 @@ def update(
     torch._foreach_add_([state["step"] for state in states], 1)
     kinds: dict[tuple[Any, ...], list[Piece]] = {}
     copies: list[tuple[Tensor, Tensor]] = []
-    zeroed: list[Any] = []  # gradients of which the op gets a copy
+    zeroed: list[Any] = []  # the op gets copies of these gradients
     for member, state, given in zip(members, states, grads, strict=True):
         weight, grad = _in_one_order(member.parameter, given, copies)
         if options.zero_grad and not _shares_memory(grad, member.parameter.grad):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from merit_fast.execution.command import Ended, UnitCommand, ended, start_process
 from merit_fast.model.memory import available_memory_bytes
 
-_CORES_OF_A_UNIT = 4  # where nothing is said and there is no GPU
+_CORES_OF_A_UNIT = 4  # without --workers and without a GPU
 _STOP_S = 30.0  # that a unit has to end by itself
 
 

@@ -147,7 +147,7 @@ def _look(source: RunSource) -> tuple[list[Path], dict[str, str]]:
 
 
 def _problem(run: Path, branch: str, fingerprint: str, ledger: Ledger) -> str:
-    """What is wrong with a branch, and the command that mends it; "" if nothing is."""
+    """Name the fault of a branch and the command that mends it; "" if it has none."""
     name = f"{TRAIN.folder}/{branch}"
     state = check_output(run, name, fingerprint, ledger)
     if state.is_current:
