@@ -8,9 +8,9 @@ static const int64_t kGroup = 128;
 
 // Rounds the fp32 sums of kGroup elements of bf16 inputs to bf16, and returns whether every fp64
 // sum provably rounds to the same; only then y, which may be an input, is written. With
-// size = sum|w x| the fp32 sum is off by at most (K + 3) 2^-24 size, which is safe if twice that does not reach the middle between two
-// bf16. Sums by equal weights that are a power of two often hit that middle, but exactly: they have
-// no error while size <= 2^15 min|w x|.
+// size = sum|w x| the fp32 sum is off by at most (K + 3) 2^-24 size. This is safe if twice that
+// does not reach the middle between two bf16. Sums by equal weights that are a power of two often
+// hit that middle, but exactly: they have no error while size <= 2^15 min|w x|.
 template <int K, bool power_of_two>
 static bool certain_group(const uint16_t* const* inputs, const float* weights, int64_t at,
                           uint16_t* y) {

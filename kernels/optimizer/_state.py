@@ -112,8 +112,8 @@ def new_state(parameter: Tensor, options: Options) -> dict[str, Any]:
     """A state with torch's keys, from which torch's AdamW can resume, and ours.
 
     All tensors but the step and the scales have the parameter's shape and its order of elements in
-    memory, and 8-bit moments form blocks in that order. Scales of a DTensor [R, ...] are [R, blocks of a
-    row]; all its state but the step has its mesh and placements.
+    memory; 8-bit moments form blocks in that order. Scales of a DTensor [R, ...] are [R, blocks of
+    a row]; all its state but the step has its mesh and placements.
     """
     part = places.local(parameter.detach())
     sharded = places.is_sharded(parameter)
