@@ -1,7 +1,6 @@
 """Loads a model of which one layer at a time is in memory."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +17,7 @@ from merit_fast.model.layered.stack import layers_of, parameters_of_layers
 from merit_fast.model.layered.stream import LayerStream, stream_layer
 from merit_fast.model.layered.unit import Unit, placeholder
 from merit_fast.model.load import auto_class
+from merit_fast.model.meta import parameters_on_meta
 
 
 def load_layered(path: str | Path, dtype: Dtype = "auto") -> nn.Module:
@@ -85,7 +85,7 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
             raise InputError(
                 f"{folder}: quantization_config: must be absent where layers are read one by one"
             )
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model = auto_class(config).from_config(config, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
@@ -95,23 +95,6 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
     for each in (model.config, model.config.get_text_config()):
         each.use_cache = False
     return model
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Puts parameters on the meta device as modules register them, before they are initialised."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _fill(

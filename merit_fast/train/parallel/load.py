@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from merit_fast.model import (
     weight_files,
 )
 from merit_fast.model.dtype import Dtype
+from merit_fast.model.meta import parameters_on_meta
 from merit_fast.train.parallel.files import fill_tensor
 from merit_fast.train.parallel.pieces import own_part
 from merit_fast.train.parallel.ranks import Ranks
@@ -48,7 +49,7 @@ def make_hollow_model(path: str, dtype: Dtype) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{KEY}: must be none for quantised weights, as those of {path}")
     kind = getattr(torch, DTYPES[settle_dtype(dtype)])
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = auto_class(config).from_config(config, dtype=kind)
     if (Path(path) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
@@ -103,23 +104,6 @@ def fill_model(model: nn.Module, path: str, ranks: Ranks) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Lets modules keep parameters without values; buffers are computed as ever."""
-    register = nn.Module.register_parameter
-
-    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a tied one has been seen before
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _check_dtypes(model: Any, dtype: torch.dtype) -> None:
