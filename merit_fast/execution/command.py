@@ -157,6 +157,9 @@ def last_line(log: Path) -> str:
 
 
 def _answer(output: bytes) -> Mapping[str, Any]:
+    """The JSON object in the last line; empty where the output is something else."""
     lines = output.decode(errors="replace").strip().splitlines()
-    answer: Mapping[str, Any] = json.loads(lines[-1])
-    return answer
+    try:
+        return dict(json.loads(lines[-1]))
+    except (IndexError, ValueError, TypeError):
+        return {}

@@ -64,19 +64,21 @@ def drive(
     A unit that dies is started again, ``retries`` times. Bad input ends the run at once.
 
     Raises:
-        MeritFastError: a unit has failed; the message names its log. Other units end first, with
+        LockedError: a process works in the output with another config.
+        MeritFastError: a unit has failed; the message names its log. Other units are ended, with
             their work kept.
     """
-    run = Run(config, progress, command, verify=verify)
-    run.preflight()
-    folder = Path(config.output) / UNITS_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    settled = run.config  # a dtype that is "auto" is this machine's everywhere
-    write_run_config(settled, folder / CONFIG_FILE)
-    board = Board(lambda: Outputs(settled, command, verify))
     with _stopped_at_the_end(executor):
-        Driver(board, executor, progress, folder, retries).run()
-    return Run(config, progress, command).summary()
+        run = Run(config, progress, command, verify=verify)
+        run.preflight()
+        with run.claim():  # units of another config would read this one's file
+            folder = Path(config.output) / UNITS_FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            settled = run.config  # a dtype that is "auto" is this machine's everywhere
+            write_run_config(settled, folder / CONFIG_FILE)
+            board = Board(lambda: Outputs(settled, command, verify))
+            Driver(board, executor, progress, folder, retries).run()
+            return Run(config, progress, command).summary()
 
 
 class Driver:
@@ -109,6 +111,8 @@ class Driver:
         """
         while self.board.missing:
             self.start_ready()
+            if not self.running:
+                raise MeritFastError(f"no unit can start; missing: {', '.join(self.board.missing)}")
             for result in self.executor.wait():
                 self.settle(result)
 

@@ -3,6 +3,7 @@
 Stages meet only in files; ``outputs`` knows their paths and when they are up to date.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ class Run:
 
     def split(self) -> bool:
         folder = self.outputs.folder(SPLIT)
-        with self._upkeep.claim():
+        with self.claim():
             worked = self.bring_up_to_date(folder, self.outputs.split, self.work.split)
             self.outputs.put_in_force(again=False)
         return worked
@@ -94,13 +95,13 @@ class Run:
     def warm_up(self) -> bool:
         """Trains the joint run before the sketch, where ``split.warmup`` asks for one."""
         warmup = self.outputs.warmup
-        with self._upkeep.claim():
+        with self.claim():
             adopt_branches([warmup], self.outputs, self.progress)
             return self._train(warmup)
 
     def _train_all(self, ranks: "Ranks | None", only: str | None) -> bool:
         plan = self.outputs.plan
-        with self._upkeep.claim():
+        with self.claim():
             self.outputs.put_in_force(again=True)
             for note in plan.notes:
                 self.progress.note(note)
@@ -109,8 +110,16 @@ class Run:
             jobs = [functools.partial(self._train, branch, ranks) for branch in chosen]
             return self._upkeep.in_any_order(jobs)
 
+    def claim(self) -> contextlib.AbstractContextManager[None]:
+        """Holds the output for processes of this config.
+
+        Raises:
+            LockedError: a live process works here with another config.
+        """
+        return self._upkeep.claim()
+
     def merge(self) -> bool:
-        with self._upkeep.claim():
+        with self.claim():
             jobs = [functools.partial(self._merge, name) for name in self.outputs.plan.merges]
             return self._upkeep.in_any_order(jobs)
 
@@ -140,7 +149,7 @@ class Run:
         """Checks the whole run, runs all stages in order and returns ``summary()``."""
         require_one_process("run")
         self.preflight()
-        with self._upkeep.claim():
+        with self.claim():
             for stage in STAGES:
                 method: Callable[[], bool] = getattr(self, stage.name)
                 method()
@@ -188,7 +197,7 @@ class Run:
             work(directory)
             write_run_config(self.config, directory / "config.yml")
 
-        with self._upkeep.claim():
+        with self.claim():
             return self._upkeep.bring(path, manifest, work_and_config)
 
 

@@ -3,12 +3,16 @@
 import json
 
 import pytest
-from support.runs import Notes
+import yaml
+from support.runs import Notes, run_values
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.execution.board import Board
 from merit_fast.execution.command import Ended
 from merit_fast.execution.drive import JOURNAL, Driver
+from merit_fast.execution.drive import drive as run_by_units
+from merit_fast.pipeline.config import read_run_config
+from merit_fast.pipeline.run import Run
 
 
 class FakeBoard(Board):
@@ -123,3 +127,26 @@ def test_a_driver_that_is_started_again_takes_what_is_there(drive):
         drive({"b": [1]}, board=board, retries=0)
     executor, _ = drive(board=board)
     assert executor.started == ["b", "c"]
+
+
+def test_a_run_without_a_unit_that_can_start_ends(drive):
+    board = FakeBoard()
+    board.needs = {"a": ("b",), "b": ("a",)}
+    board.refresh()
+    with pytest.raises(MeritFastError, match="no unit can start; missing: a, b"):
+        drive(board=board)
+
+
+def test_a_driver_of_another_config_leaves_the_first_one_s_file(tmp_path, tiny_model, tiny_mixture):
+    """Its units would read another config in the middle of the run."""
+    values = run_values(tiny_model, tiny_mixture) | {"output": str(tmp_path / "out")}
+    file = tmp_path / "run.yml"
+    file.write_text(yaml.safe_dump(values))
+    config = tmp_path / "out" / "units" / "config.yml"
+    with Run(read_run_config(file)).claim():
+        other = read_run_config(file, ["train.epochs=3"])
+        executor = FakeExecutor(FakeBoard())
+        executor.running.append("a")
+        with pytest.raises(InputError, match="works here with another config"):
+            run_by_units(other, executor, Notes(), "merit-fast {stage} run.yml")
+    assert not config.exists() and not executor.running  # the executor is stopped

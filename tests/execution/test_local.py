@@ -43,14 +43,16 @@ def test_the_result_is_the_exit_code_the_last_line_of_the_log_and_the_answer(tmp
     failing = 'import sys; print("first\\nlast", file=sys.stderr); sys.exit(3)'
     large = "import sys; sys.stdout.write('x' * 300_000 + '\\n');" + ANSWER
     killed = "import os; os.kill(os.getpid(), 9)"
-    units = {"good": ANSWER, "large": large, "bad": failing, "killed": killed}
+    units = {"good": ANSWER, "large": large, "bad": failing, "killed": killed, "mute": "pass"}
     ended = run(LocalExecutor(4), *(command(tmp_path, *unit) for unit in units.items()))
     assert {name: result.code for name, result in ended.items()} == {
         "good": 0,
         "large": 0,
         "bad": 3,
         "killed": -9,
+        "mute": 0,
     }
+    assert ended["mute"].answer == {}
     assert ended["good"].answer == {"worked": True} == ended["large"].answer
     assert ended["bad"].text == "last" and ended["killed"].text == ""
 
