@@ -4,12 +4,10 @@ The output's files decide what is done. So a driver that dies is started again b
 on any machine; units that still run are waited for by their locks.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,13 +16,14 @@ from merit_fast.execution.board import Board
 from merit_fast.execution.command import Ended, UnitCommand, unit_command
 from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.pipeline.config import RunConfig, write_run_config
+from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.run import Run
+from merit_fast.pipeline.units.journal import write_event
 from merit_fast.pipeline.units.listing import CONFIG_FILE
 from merit_fast.progress import Progress
 from merit_fast.units import human_bytes, human_time
 
-JOURNAL = "units.jsonl"  # in UNITS_FOLDER: a line for each start and end, of the last driver too
 RETRIES = 2
 PATIENCE_S = 20.0  # until another machine's rename must be seen here
 
@@ -32,6 +31,7 @@ PATIENCE_S = 20.0  # until another machine's rename must be seen here
 class Executor(Protocol):
     """Somewhere to run units."""
 
+    workers: int | None  # units at a time; None: as many as there is room for
     threads: int | None  # CPU threads of a unit; None: as many as torch takes
     processes: int  # of a training, by torchrun
 
@@ -76,7 +76,12 @@ def drive(
             folder.mkdir(parents=True, exist_ok=True)
             settled = run.config  # a dtype that is "auto" is this machine's everywhere
             write_run_config(settled, folder / CONFIG_FILE)
-            board = Board(lambda: Outputs(settled, command, verify))
+            several = executor.workers is None or executor.workers > 1
+
+            def make_data() -> RunData:
+                return RunData(Outputs(settled, command, verify), progress)
+
+            board = Board(make_data, has_shares=several)
             Driver(board, executor, progress, folder, retries).run()
             return Run(config, progress, command).summary()
 
@@ -130,7 +135,7 @@ class Driver:
                 self.executor.processes,
             )
             self.running[name] = time.monotonic()
-            self._write({"event": "start", "unit": name})
+            write_event(self.folder, {"event": "start", "unit": name})
             self.executor.start(command)
 
     def settle(self, result: Ended) -> None:
@@ -141,7 +146,7 @@ class Driver:
         """
         name = result.unit
         seconds = time.monotonic() - self.running.pop(name)
-        self._write({"event": "end", "seconds": round(seconds, 3), **asdict(result)})
+        write_event(self.folder, {"event": "end", "seconds": round(seconds, 3), **asdict(result)})
         if result.code == 0 and self._is_seen(name):
             self.board.refresh(name)
             self.progress.note(self._sentence(result, seconds))
@@ -175,11 +180,6 @@ class Driver:
             f"{result.unit}: done in {human_time(seconds)} on {result.host}, "
             f"{human_bytes(moved)} moved; {counts.done} of {counts.total} units"
         )
-
-    def _write(self, event: dict[str, Any]) -> None:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": now, **event}) + "\n")
 
 
 @contextmanager

@@ -15,7 +15,12 @@ RECORD_SUFFIX = ".xxh3_128"
 
 def write_record(final: Path, written: Path, fsync: bool = True) -> None:
     """Hashes the complete file ``written``, which is about to be renamed to ``final``."""
-    write_text(record_of_file(final), json.dumps(file_record(written)), fsync)
+    put_record(final, file_record(written), fsync)
+
+
+def put_record(final: Path, record: FileRecord, fsync: bool = True) -> None:
+    """Writes the record of ``final``."""
+    write_text(record_of_file(final), json.dumps(record), fsync)
 
 
 def read_record(final: Path) -> FileRecord | None:

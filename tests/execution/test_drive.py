@@ -9,10 +9,11 @@ from support.runs import Notes, run_values
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.execution.board import Board
 from merit_fast.execution.command import Ended
-from merit_fast.execution.drive import JOURNAL, Driver
+from merit_fast.execution.drive import Driver
 from merit_fast.execution.drive import drive as run_by_units
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
+from merit_fast.pipeline.units.journal import JOURNAL
 
 
 class FakeBoard(Board):

@@ -108,9 +108,9 @@ def moved_bytes() -> dict[str, int]:
 
 def _show_units(run: "Run", as_json: bool) -> None:
     """Prints the state of every unit that is known."""
-    from merit_fast.pipeline.units.listing import unit_states
+    from merit_fast.pipeline.units.states import unit_states
 
-    states = unit_states(run.outputs)
+    states = unit_states(run.outputs, run.data.rows)
     if as_json:
         print(json.dumps({"units": [asdict(state) for state in states]}))
         return

@@ -85,9 +85,7 @@ class Spans:
 
     def _join_rows(self, state: SketchState) -> None:
         identity = StoreIdentity.of(state.identity, self.config.store_dim)
-        writer = RowWriter(
-            self.output / ROWS_FOLDER / self.drawn.name, identity, self.drawn.stored
-        )
+        writer = RowWriter(self.output / ROWS_FOLDER / self.drawn.name, identity, self.drawn.stored)
         for number in range(self.drawn.num_spans):
             writer.append_folder(self.folder / ROWS_FOLDER / _name(number))
         writer.finish()

@@ -104,7 +104,7 @@ def sketch_mixture(  # noqa: PLR0913
     remove_spans(directory)
 
 
-def collect_factors(
+def collect_factors(  # noqa: PLR0913
     model_path: str,
     model_fingerprint: str,
     datasets: Sequence[Dataset],

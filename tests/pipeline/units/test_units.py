@@ -16,7 +16,8 @@ from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
 from merit_fast.pipeline.units.doing import do_unit
-from merit_fast.pipeline.units.listing import list_units, missing_units, unit_states
+from merit_fast.pipeline.units.listing import list_units, missing_units
+from merit_fast.pipeline.units.states import unit_states
 
 
 def run_of(file):
@@ -25,14 +26,14 @@ def run_of(file):
 
 
 def missing(file):
-    outputs = run_of(file).outputs
-    units = list_units(outputs)
-    return units, missing_units(units, outputs)
+    run = run_of(file)
+    units = list_units(run.outputs, run.data.rows)
+    return units, missing_units(units, run.outputs)
 
 
 def ready(file):
     _, left = missing(file)
-    return [name for name, unit in left.items() if not any(n in left for n in unit.needs)]
+    return [name for name, unit in left.items() if not any(n in left for n in unit.before)]
 
 
 def results(out):
