@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from merit_fast.manifests.locks import owner_of, stage_lock
 from merit_fast.manifests.stages import SPLIT
 from merit_fast.pipeline.arms import WARMUP
 from merit_fast.pipeline.data import RunData
@@ -50,6 +51,12 @@ class Board:
     def is_done(self, name: str) -> bool:
         """Whether the output of a unit is finished, by its files."""
         return is_done(self.units[name], self.outputs)
+
+    def host(self, name: str) -> str:
+        """The machine whose process holds the lock of a unit's output; "" while none does."""
+        records = self.outputs.records
+        owner = owner_of(stage_lock(self.outputs.root, records.name(self.units[name].path)))
+        return "" if owner is None else owner.host
 
     def ready(self, running: Iterable[str]) -> list[str]:
         """Units whose needs are met and that do not run, in the order of the list."""

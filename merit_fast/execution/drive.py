@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.execution.board import Board
 from merit_fast.execution.command import Ended, UnitCommand, unit_command
+from merit_fast.execution.view import View, has_table, shown
 from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.data import RunData
@@ -31,9 +32,13 @@ PATIENCE_S = 20.0  # until another machine's rename must be seen here
 class Executor(Protocol):
     """Somewhere to run units."""
 
-    workers: int | None  # units at a time; None: as many as there is room for
     threads: int | None  # CPU threads of a unit; None: as many as torch takes
     processes: int  # of a training, by torchrun
+
+    @property
+    def workers(self) -> int | None:
+        """Units at a time; None: as many as there is room for."""
+        ...
 
     def room(self) -> int:
         """Number of units that can start now."""
@@ -92,7 +97,7 @@ class Driver:
     Args:
         board: the run's units.
         executor: runs them.
-        progress: gets a note for each.
+        progress: gets a note for each, or shows a table.
         folder: for the journal and the logs.
         retries: times that a unit that dies is started again.
     """
@@ -109,17 +114,19 @@ class Driver:
         self.failures: dict[str, int] = {}
 
     def run(self) -> None:
-        """Runs until no unit is missing.
+        """Runs until no unit is missing; on a terminal a table shows how far it is.
 
         Raises:
             MeritFastError: a unit has failed for good.
         """
-        while self.board.missing:
-            self.start_ready()
-            if not self.running:
-                raise MeritFastError(f"no unit can start; missing: {', '.join(self.board.missing)}")
-            for result in self.executor.wait():
-                self.settle(result)
+        with shown(View(self), self.progress):
+            while self.board.missing:
+                self.start_ready()
+                if not self.running:
+                    missing = ", ".join(self.board.missing)
+                    raise MeritFastError(f"no unit can start; missing: {missing}")
+                for result in self.executor.wait():
+                    self.settle(result)
 
     def start_ready(self) -> None:
         """Starts as many units as there is room for."""
@@ -149,7 +156,8 @@ class Driver:
         write_event(self.folder, {"event": "end", "seconds": round(seconds, 3), **asdict(result)})
         if result.code == 0 and self._is_seen(name):
             self.board.refresh(name)
-            self.progress.note(self._sentence(result, seconds))
+            if not has_table(self.progress):
+                self.progress.note(self._sentence(result, seconds))
             return
         log = self.folder / "logs" / f"{name.replace('/', '.')}.log"
         if result.code == 0:

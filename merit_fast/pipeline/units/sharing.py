@@ -28,9 +28,9 @@ def sketch_shares(split: SplitConfig, rows: MixtureRows) -> dict[str, int]:
 
 
 def merge_shares(outputs: Outputs) -> int:
-    """Number of files of a merge, by the options and the base's size; at most 16.
+    """About the number of files of a merge, by the options and the base's size; at most 16.
 
-    A merge that is tuned on held-out rows, writes statistics or has another form is not shared, nor
+    Shares take every n-th file, and the last may get none. A merge that is tuned on held-out rows, writes statistics or has another form is not shared, nor
     are merges of adapters.
     """
     merge = outputs.config.merge
