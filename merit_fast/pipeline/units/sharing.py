@@ -30,8 +30,8 @@ def sketch_shares(split: SplitConfig, rows: MixtureRows) -> dict[str, int]:
 def merge_shares(outputs: Outputs) -> int:
     """About the number of files of a merge, by the options and the base's size; at most 16.
 
-    Shares take every n-th file, and the last may get none. A merge that is tuned on held-out rows, writes statistics or has another form is not shared, nor
-    are merges of adapters.
+    Shares take every n-th file, and the last may get none. A merge that is tuned on held-out rows,
+    writes statistics or has another form is not shared, nor are merges of adapters.
     """
     merge = outputs.config.merge
     train = outputs.config.train

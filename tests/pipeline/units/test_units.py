@@ -1,80 +1,23 @@
 """Units of a run: any process does any of them, in any order, to the bytes of one process."""
 
 import fnmatch
-import json
-import random
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from support.checks import tree_bytes
+from support.execution.units import missing, results, run_of
 from support.paths import KILL_AT
-from support.runs import MEASURED, Notes
+from support.runs import Notes
 from support.warm import run_python, run_together
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.ledger import UNITS_FOLDER
-from merit_fast.manifests.locks import Owner, exclusive, stage_lock
-from merit_fast.pipeline.config import read_run_config, write_run_config
+from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
 from merit_fast.pipeline.units.doing import do_unit
-from merit_fast.pipeline.units.journal import JOURNAL, write_event
-from merit_fast.pipeline.units.listing import list_units, missing_units
 from merit_fast.pipeline.units.states import unit_states
-
-
-def run_of(file):
-    """A fresh object, as in a process of its own."""
-    return Run(read_run_config(file), Notes())
-
-
-def missing(file):
-    run = run_of(file)
-    units = list_units(run.outputs, run.data.rows)
-    return units, missing_units(units, run.outputs)
-
-
-def ready(file):
-    _, left = missing(file)
-    return [name for name, unit in left.items() if not any(n in left for n in unit.before)]
-
-
-def results(out):
-    """The bytes of every result: no parts, no tokens, nothing that holds seconds."""
-    files = tree_bytes(out)
-    kept = {}
-    for name, data in files.items():
-        top = str(name).split("/")[0]
-        if top in (UNITS_FOLDER, "tokens") or str(name).split("/")[-1] in MEASURED:
-            continue
-        kept[str(name)] = data
-    return kept
-
-
-@pytest.fixture(scope="module")
-def configured(tmp_path_factory, finished_run):
-    """A YAML like the finished run's, with another output."""
-
-    def make(name):
-        folder = tmp_path_factory.mktemp(name)
-        finished_run.copy_config(folder)
-        return folder / "run.yml"
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def by_units(configured):
-    """A run whose units came in a random order, each from a fresh object."""
-    file = configured("units")
-    order = random.Random(3)
-    done = []
-    while names := ready(file):
-        name = order.choice(names)
-        assert do_unit(run_of(file), name)
-        done.append(name)
-    return file, done
 
 
 def test_units_in_any_order_give_the_bytes_of_one_process(by_units, finished_run):
@@ -101,17 +44,6 @@ def test_every_stage_and_part_is_a_unit(by_units):
     count = len(shares)
     assert count > 2 and shares == [f"merge/merit/{i + 1}-of-{count}" for i in range(count)]
     assert done.index("merge/merit") > max(map(done.index, shares))
-
-
-def test_shares_hold_disjoint_files_and_the_whole_only_links_to_them(by_units):
-    file, _ = by_units
-    out = file.parent / "out"
-    spans = [path.name for path in (out / "units/shares/sketch/codes").rglob("0*.safetensors")]
-    assert sorted(spans) == ["00000.safetensors", "00001.safetensors"]
-    merged = {path.name: path for path in (out / "merged/merit").glob("*.safetensors")}
-    parts = list((out / "units/shares/merge/merit").rglob("*.safetensors"))
-    assert sorted(path.name for path in parts) == sorted(merged)
-    assert all(path.samefile(merged[path.name]) for path in parts)
 
 
 def test_a_unit_that_is_done_stays_as_it_is(by_units):
@@ -205,67 +137,6 @@ def test_a_unit_that_is_killed_is_done_by_the_same_command(by_units, tmp_path, p
 
 
 @pytest.mark.process
-def test_shares_of_a_sketch_that_are_killed_or_lost_or_damaged_cost_no_bit(by_units, tmp_path):
-    file, _ = by_units
-    out = tmp_path / "out"
-    shutil.copytree(file.parent / "out", out)
-    shutil.copy(file, tmp_path)
-    expected = results(out)
-    for gone in ("sketch", "units/sketch", "units/shares/sketch/codes", "split"):
-        shutil.rmtree(out / gone)
-    command = ["unit", str(tmp_path / "run.yml"), "sketch/codes/2-of-2"]
-    killed = run_python([str(KILL_AT), "codes/00001.safetensors", "1", *command], timeout=300)
-    assert killed.returncode == -9, killed.stderr
-    ended = run_together([["-m", "merit_fast", *command]] * 2, timeout=300)  # twice at once
-    assert [process.returncode for process in ended] == [0, 0], ended
-    [span] = (out / "units/shares/sketch/capitals/1-of-2").rglob("0*.safetensors")
-    span.write_bytes(span.read_bytes()[:-8] + b"damaged!")
-    names = [f"sketch/{name}" for name in run_of(file).outputs.contents]
-    for name in (*names, "sketch", "split"):  # codes without its first share
-        assert do_unit(run_of(tmp_path / "run.yml"), name)
-    ours = results(out)
-    assert [name for name in expected if ours.get(name) != expected[name]] == []
-
-
-def test_files_of_a_merge_are_proved_before_they_are_taken_over(by_units, tmp_path):
-    file, _ = by_units
-    out = tmp_path / "out"
-    shutil.copytree(file.parent / "out", out)
-    shutil.copy(file, tmp_path)
-    expected = results(out)
-    shutil.rmtree(out / "merged")
-    first, *_ = (out / "units/shares/merge/merit").rglob("*.safetensors")
-    first.write_bytes(first.read_bytes()[:-2] + b"??")
-    notes = Notes()
-    assert do_unit(Run(read_run_config(tmp_path / "run.yml"), notes), "merge/merit")
-    assert any("is not as it was written; merging it again" in note for note in notes.notes)
-    assert results(out) == expected
-
-
-def test_kfac_s_factors_are_a_unit_and_its_datasets_give_the_bytes_of_one_process(
-    configured, tmp_path
-):
-    file = configured("kfac")
-    values = yaml.safe_load(file.read_text())
-    values["split"] |= {"normalize": "kfac", "damping": 0.2}
-    values["mixture"] = values["mixture"][:3]
-    file.write_text(yaml.safe_dump(values))
-    whole = Run(read_run_config(file), Notes())
-    whole.sketch()
-    whole.split()
-    expected = results(file.parent / "out")
-    shutil.move(file.parent / "out", tmp_path / "out")
-    order = random.Random(1)
-    done = []
-    while "split" not in done:
-        name = order.choice(ready(file))
-        assert do_unit(run_of(file), name)
-        done.append(name)
-    assert done[0] == "factors" and len(done) == 1 + 3 * 3 + 2
-    assert results(file.parent / "out") == expected
-
-
-@pytest.mark.process
 def test_the_same_unit_twice_at_once_is_done_once(by_units, tmp_path):
     file, _ = by_units
     shutil.copytree(file.parent / "out", tmp_path / "out")
@@ -278,42 +149,6 @@ def test_the_same_unit_twice_at_once_is_done_once(by_units, tmp_path):
     states = sorted(process.stdout.split(":")[1].split()[0] for process in ended)
     assert states == ["done", "up"]
     assert results(tmp_path / "out") == expected
-
-
-def test_status_shows_who_does_what_from_the_files(by_units, tmp_path, call):
-    file, _ = by_units
-    out = tmp_path / "out"
-    shutil.copytree(file.parent / "out", out)
-    shutil.copy(file, tmp_path)
-    code, text, error = call("status", out)
-    assert code == 0 and "sketch/codes/1-of-2" not in text, error  # no driver has worked here
-    run = run_of(tmp_path / "run.yml")
-    write_run_config(run.config, out / UNITS_FOLDER / "config.yml")
-    for gone in ("report", "merged/merit", "units/evaluate/merit", "evaluate"):
-        shutil.rmtree(out / gone)
-    end = {"event": "end", "seconds": 3.0}
-    for event in (
-        {**end, "unit": "merge/merit", "code": 1, "host": "a"},
-        {**end, "unit": "merge/merit", "code": -9, "host": "b"},
-        {**end, "unit": "split", "code": 1, "host": "a"},
-        {**end, "unit": "split", "code": 0, "host": "b"},
-    ):
-        write_event(out / UNITS_FOLDER, event)
-    with (out / UNITS_FOLDER / JOURNAL).open("a") as journal:
-        journal.write('{"event": "end", "unit": "spl')  # a driver died here
-    shutil.move(out, tmp_path / "moved")  # another machine may see it elsewhere
-    lock = stage_lock(tmp_path / "moved", "merged/merit")
-    with exclusive(lock, Owner(1, "node7", "merit-fast unit", "2026-01-02T03:04:05", "")):
-        code, text, error = call("status", tmp_path / "moved")
-        _, answer, _ = call("status", tmp_path / "moved", "--json")
-    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines()}
-    assert code == 0, error
-    assert lines["merge/merit"] == "running on node7 since 2026-01-02 03:04:05, failed 2 times"
-    assert lines["split"] == "done in 3 s on b"
-    assert lines["evaluate/merit"].startswith("waiting for merge/merit")
-    assert lines["train/merit-0"] == "done" and lines["report"].startswith("waiting for evaluate")
-    states = {unit["name"]: unit for unit in json.loads(answer)["units"]}
-    assert states["merge/merit"]["host"] == "node7" and states["merge/merit"]["failures"] == 2
 
 
 def test_status_shows_the_parts_and_clean_removes_them(by_units, tmp_path, call):
