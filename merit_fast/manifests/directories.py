@@ -12,16 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from merit_fast.errors import InputError
-from merit_fast.manifests.atomic import fsync_path, write_text
+from merit_fast.manifests.atomic import fsync_path, link_file, write_text
 from merit_fast.manifests.hashes import compare_files, record_files
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, write_manifest
-from merit_fast.manifests.kept import RECORD_SUFFIX, read_records, remove_records
+from merit_fast.manifests.kept import RECORD_SUFFIX, put_record, read_records, remove_records
 from merit_fast.manifests.ledger import adopt
 from merit_fast.manifests.locks import check_owners, claim, exclusive, locks_of, this_process
 from merit_fast.records import replace
 from merit_fast.threads import map_in_threads
 
 _THREADS = 8  # one commit of the file system's journal serves all that wait for it
+_WEIGHTS = ".safetensors"
 _MARKER = "fingerprint"  # file in NAME.tmp: only a run of this fingerprint resumes it
 
 
@@ -213,3 +214,27 @@ def is_complete(path: Path, expected_fingerprint: str) -> bool:
     except InputError:  # absent, damaged or of another version
         return False
     return manifest.fingerprint == expected_fingerprint
+
+
+def has_whole_files(path: Path, expected_fingerprint: str) -> bool:
+    """Whether ``path`` is complete and its files have their sizes; no file is hashed."""
+    try:
+        manifest = read_manifest(StageManifest, path / STAGE_FILE)
+        sizes = {name: (path / name).stat().st_size for name in manifest.files}
+    except (InputError, OSError):  # absent, damaged or of another version
+        return False
+    recorded = {name: size for name, (size, _) in manifest.files.items()}
+    return manifest.fingerprint == expected_fingerprint and sizes == recorded
+
+
+def take_files(finished: Path, directory: Path) -> None:
+    """Links the weight files of a finished output into an unfinished one, with their records.
+
+    The writer of ``directory`` compares their bytes with the records.
+    """
+    files = read_manifest(StageManifest, finished / STAGE_FILE).files
+    for name, (_, digest) in files.items():
+        if name.endswith(_WEIGHTS):
+            link_file(finished / name, directory / name)
+            status = (directory / name).stat()
+            put_record(directory / name, (status.st_size, status.st_mtime_ns, digest))

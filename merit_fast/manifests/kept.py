@@ -16,12 +16,18 @@ RECORD_SUFFIX = ".xxh3_128"
 def write_record(final: Path, written: Path, digest: str | None = None) -> None:
     """Records the complete file ``written``, which is about to be renamed to ``final``.
 
-    A power cut may take the record away: then the file counts as not proved.
-
     Args:
         digest: the file's hash; None: it is taken now.
     """
-    write_text(record_of_file(final), json.dumps(file_record(written, digest)), fsync=False)
+    put_record(final, file_record(written, digest))
+
+
+def put_record(final: Path, record: FileRecord) -> None:
+    """Writes the record of ``final``.
+
+    A power cut may take the record away: then the file counts as not proved.
+    """
+    write_text(record_of_file(final), json.dumps(record), fsync=False)
 
 
 def read_record(final: Path) -> FileRecord | None:
