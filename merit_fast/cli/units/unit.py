@@ -118,12 +118,12 @@ def moved_bytes() -> dict[str, int]:
 
 def _show_units(run: "Run", as_json: bool) -> None:
     """Prints the state of every unit that is known."""
-    from merit_fast.pipeline.units.listing import unit_states
+    from merit_fast.cli.status import unit_lines
+    from merit_fast.pipeline.units.states import unit_states
 
-    states = unit_states(run.outputs)
+    states = unit_states(run.outputs, run.data.rows)
     if as_json:
         print(json.dumps({"units": [asdict(state) for state in states]}))
         return
-    width = max(len(state.name) for state in states)
-    for state in states:
-        print(f"{state.name:{width}}  {state.state} {state.detail}")
+    for line in unit_lines(states):
+        print(line)
