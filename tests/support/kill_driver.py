@@ -32,7 +32,7 @@ def start_and_die(executor: LocalExecutor, command: UnitCommand) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-LocalExecutor.start = start_and_die  # type: ignore[method-assign]
+LocalExecutor.start = start_and_die  # type: ignore
 sys.argv = ["merit-fast", *sys.argv[2:]]
 
 from merit_fast.cli.main import main  # noqa: E402
