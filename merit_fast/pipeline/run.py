@@ -5,6 +5,7 @@ Stages meet only in files; ``outputs`` knows their paths and when they are up to
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import StageManifest, read_manifest
 from merit_fast.manifests.schemas import EvaluateManifest
-from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES, Stage
+from merit_fast.manifests.stages import (
+    AUDIT,
+    EVALUATE,
+    MERGE,
+    REPORT,
+    SKETCH,
+    SPLIT,
+    STAGES,
+    Stage,
+)
 from merit_fast.options.parser import to_plain
 from merit_fast.pipeline.arms import Branch
 from merit_fast.pipeline.branches import adopt_branches, follow_leader
@@ -54,10 +64,15 @@ class Run:
         self.config = self.outputs.config
         self.data = RunData(self.outputs, self.progress, writes=not dry_run)
         self.work = Work(self.outputs, self.data, self.progress)
-        if config.threads is not None:
+        if "torch" in sys.modules:
+            self._set_threads()
+
+    def _set_threads(self) -> None:
+        """Gives torch its number of threads: before the first work, as it takes seconds to load."""
+        if self.config.threads is not None:
             import torch
 
-            torch.set_num_threads(config.threads)
+            torch.set_num_threads(self.config.threads)
 
     # ---- stages
     def sketch(self) -> bool:
@@ -86,6 +101,7 @@ class Run:
 
         with joined_ranks() as ranks:
             if not ranks.leads:
+                self._set_threads()
                 follow_leader(self.outputs, self.data, ranks)
                 return False
             worked = self._train_all(ranks, only)
@@ -143,6 +159,7 @@ class Run:
         """
         from merit_fast.pipeline.preflight.checks import check_stages
 
+        self._set_threads()
         check_stages(self.outputs, self.data, stages)
 
     def all(self) -> dict[str, Any]:
@@ -194,11 +211,19 @@ class Run:
         """Fills ``path`` by ``work`` unless it is up to date; the rule of every stage."""
 
         def work_and_config(directory: Path) -> None:
+            if self._needs_torch(manifest.stage):
+                self._set_threads()
             work(directory)
             write_run_config(self.config, directory / "config.yml")
 
         with self.claim():
             return self._upkeep.bring(path, manifest, work_and_config)
+
+    def _needs_torch(self, stage: str) -> bool:
+        """Whether a stage computes with torch; a report and a merge that is not tuned do not."""
+        if stage == MERGE.name:
+            return self.config.merge.is_tuned
+        return stage != REPORT.name
 
 
 def check_output(config: RunConfig) -> None:
