@@ -120,7 +120,7 @@ def add_executor_flags(parser: argparse.ArgumentParser) -> None:
     add("--unit-processes", type=int, metavar="N", help=help)
     add("--unit-gpus", type=int, metavar="N", help="GPUs of a unit on Ray or SLURM [default: 0]")
     help = (
-        "of the executor: address of Ray; cluster and the options of submitit, such as "
+        "of the executor: address of Ray; cluster, folder and the options of submitit, such as "
         "slurm_partition; repeat for each"
     )
     add("--executor-option", action="append", metavar="KEY=VALUE", help=help)
@@ -139,6 +139,7 @@ def check_executor_flags(arguments: argparse.Namespace) -> None:
         "--unit-gpus": arguments.unit_gpus,
     }
     given = {**numbers, "--executor-option": arguments.executor_option}
+    given |= {"--storage": arguments.storage, "--scratch": arguments.scratch}
     for flag, value in given.items():
         if value is not None and arguments.executor is None:
             raise InputError(f"command line: {flag}: goes with --executor, which is not given")

@@ -33,11 +33,13 @@ class Board:
         """Looks at the outputs again, after the unit ``ended``."""
         if ended in _CHANGES_THE_PLAN:
             self.outputs = self._make_outputs()
+        self._look()
         self.units = list_units(self.outputs)
         self.missing = missing_units(self.units, self.outputs)
 
     def is_done(self, name: str) -> bool:
         """Whether the output of a unit is finished, by its files."""
+        self._look()
         return is_done(self.units[name], self.outputs)
 
     def ready(self, running: Iterable[str]) -> list[str]:
@@ -48,6 +50,11 @@ class Board:
             for name, unit in self.missing.items()
             if name not in busy and not any(need in self.missing for need in unit.needs)
         ]
+
+    def _look(self) -> None:
+        """Asks the run's store, if it has one, which outputs are finished now."""
+        if self.outputs.store is not None:
+            self.outputs.store.look()
 
     @property
     def counts(self) -> Counts:

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,9 @@ from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.run import Run
+from merit_fast.pipeline.storage.store import OutputStore
 from merit_fast.pipeline.units.listing import CONFIG_FILE
+from merit_fast.pipeline.units.stored import take_plan, take_results
 from merit_fast.progress import Progress
 from merit_fast.units import human_bytes, human_time
 
@@ -58,10 +60,13 @@ def drive(
     *,
     verify: bool = False,
     retries: int = RETRIES,
+    store: OutputStore | None = None,
 ) -> dict[str, Any]:
     """Checks a whole run, lets ``executor`` do its units, and returns ``Run.summary()``.
 
     A unit that dies is started again, ``retries`` times. Bad input ends the run at once.
+    ``store``: units meet there, the config's ``output`` is each machine's folder for copies, and
+    what the summary reads is copied at the end.
 
     Raises:
         LockedError: a process works in the output with another config.
@@ -69,16 +74,48 @@ def drive(
             their work kept.
     """
     with _stopped_at_the_end(executor):
-        run = Run(config, progress, command, verify=verify)
+        run = Run(config, progress, command, verify=verify, store=store)
+        if store is not None:
+            take_plan(run)
         run.preflight()
         with run.claim():  # units of another config would read this one's file
             folder = Path(config.output) / UNITS_FOLDER
             folder.mkdir(parents=True, exist_ok=True)
             settled = run.config  # a dtype that is "auto" is this machine's everywhere
             write_run_config(settled, folder / CONFIG_FILE)
-            board = Board(lambda: Outputs(settled, command, verify))
-            Driver(board, executor, progress, folder, retries).run()
-            return Run(config, progress, command).summary()
+
+            def make_outputs() -> Outputs:
+                fresh = Run(settled, progress, command, verify=verify, store=store)
+                if store is not None:
+                    take_plan(fresh)
+                return fresh.outputs
+
+            units = None if store is None else _stored_units(folder, store)
+            Driver(Board(make_outputs), executor, progress, folder, retries, units).run()
+            run = Run(config, progress, command, store=store)
+            if store is not None:
+                take_results(run)
+            return run.summary()
+
+
+@dataclass(frozen=True)
+class UnitFiles:
+    """The words of every unit's command that say where its files lie.
+
+    Attributes:
+        config: the run's resolved YAML: its path, or its URL in a store.
+        storage: the store and each machine's folder for copies; () without a store.
+    """
+
+    config: Path | str
+    storage: tuple[str, ...] = ()
+
+
+def _stored_units(folder: Path, store: OutputStore) -> UnitFiles:
+    """Sends the config to the store, for units that see no file of this machine."""
+    config = store.put_config((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    scratch = str(folder.parent.absolute())
+    return UnitFiles(str(config), ("--storage", str(store.place), "--scratch", scratch))
 
 
 class Driver:
@@ -90,16 +127,24 @@ class Driver:
         progress: gets a note for each.
         folder: for the journal and the logs.
         retries: times that a unit that dies is started again.
+        files: where the units' files lie; None: on a disk that all machines share.
     """
 
     def __init__(
-        self, board: Board, executor: Executor, progress: Progress, folder: Path, retries: int
+        self,
+        board: Board,
+        executor: Executor,
+        progress: Progress,
+        folder: Path,
+        retries: int,
+        files: UnitFiles | None = None,
     ) -> None:
         self.board = board
         self.executor = executor
         self.progress = progress
         self.folder = folder
         self.retries = retries
+        self.files = files or UnitFiles(folder / CONFIG_FILE)
         self.running: dict[str, float] = {}  # unit -> its start
         self.failures: dict[str, int] = {}
 
@@ -124,10 +169,11 @@ class Driver:
             log = self.folder / "logs" / f"{name.replace('/', '.')}.log"
             command = unit_command(
                 name,
-                self.folder / CONFIG_FILE,
+                self.files.config,
                 log,
                 self.executor.threads,
                 self.executor.processes,
+                self.files.storage,
             )
             self.running[name] = time.monotonic()
             self._write({"event": "start", "unit": name})
@@ -171,9 +217,13 @@ class Driver:
         counts = self.board.counts
         answer = result.answer or {}
         moved = answer.get("read_bytes", 0) + answer.get("written_bytes", 0)
+        copied = ""
+        if "downloaded_bytes" in answer:
+            down = human_bytes(answer["downloaded_bytes"])
+            copied = f", {down} downloaded, {human_bytes(answer['uploaded_bytes'])} uploaded"
         return (
             f"{result.unit}: done in {human_time(seconds)} on {result.host}, "
-            f"{human_bytes(moved)} moved; {counts.done} of {counts.total} units"
+            f"{human_bytes(moved)} moved{copied}; {counts.done} of {counts.total} units"
         )
 
     def _write(self, event: dict[str, Any]) -> None:

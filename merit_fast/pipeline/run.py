@@ -25,6 +25,8 @@ from merit_fast.progress import Progress, SilentProgress
 from merit_fast.train.parallel.world import require_one_process, world_size
 
 if TYPE_CHECKING:
+    from merit_fast.merge.read.remote import RemotePath
+    from merit_fast.pipeline.storage.store import OutputStore
     from merit_fast.train.parallel.ranks import Ranks
 
 
@@ -36,6 +38,7 @@ class Run:
 
     ``verify``: hash every file of the outputs and inputs. ``overwrite``: do not keep a trained
     branch that is replaced. ``dry_run``: ``preflight`` only; tokenized rows are not kept.
+    ``store``: see ``Outputs``; ``units.stored`` brings inputs here and outputs there.
     """
 
     def __init__(
@@ -47,9 +50,10 @@ class Run:
         verify: bool = False,
         overwrite: bool = False,
         dry_run: bool = False,
+        store: "OutputStore | None" = None,
     ) -> None:
         self.progress = progress or SilentProgress()
-        self.outputs = Outputs(config, command, verify)
+        self.outputs = Outputs(config, command, verify, store)
         self._upkeep = Upkeep(self.outputs, self.progress, keep_replaced=not overwrite)
         self.config = self.outputs.config
         self.data = RunData(self.outputs, self.progress, writes=not dry_run)
@@ -166,6 +170,9 @@ class Run:
             outputs.require(outputs.merge_path(name), outputs.merge(name))
         evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
         tuned = read_tuned(outputs.root, evaluation)
+        merged: Path | RemotePath = outputs.merge_path("merit")
+        if outputs.store is not None:  # which has the weights
+            merged = outputs.store.folder(outputs.merge("merit").fingerprint)
         return {
             "arms": {name: to_plain(result) for name, result in evaluation.arms.items()},
             "branches": {name: to_plain(result) for name, result in evaluation.branches.items()},
@@ -175,7 +182,7 @@ class Run:
             "merging_gain": evaluation.merging_gain["merit"].gain,
             "merging_gains": {arm: gain.gain for arm, gain in evaluation.merging_gain.items()},
             "tuned": {arm: to_plain(manifest) for arm, manifest in tuned.items()},
-            "merged": str(outputs.merge_path("merit")),
+            "merged": str(merged),
             "report": str(outputs.file(REPORT)),
         }
 
@@ -199,6 +206,18 @@ class Run:
 
         with self.claim():
             return self._upkeep.bring(path, manifest, work_and_config)
+
+    def take(self, path: Path, manifest: StageManifest, whole: bool = True) -> None:
+        """Makes ``path`` a copy of a finished output of the run's store, if it is not one yet.
+
+        ``whole``: False: of its JSON files only.
+
+        Raises:
+            MeritFastError: the store cannot be read, or a file there is not as it was sent.
+        """
+        assert self.outputs.store is not None
+        with self.claim():
+            self._upkeep.take(path, manifest, self.outputs.store, whole)
 
 
 def check_output(config: RunConfig) -> None:

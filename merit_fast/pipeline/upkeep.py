@@ -4,10 +4,12 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merit_fast.errors import InputError
 from merit_fast.manifests.directories import (
     commit_directory,
+    copied_directory,
     output_directory,
     recover_directory,
 )
@@ -25,6 +27,9 @@ from merit_fast.manifests.state import AGAIN, OutputState, check_output, differe
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.records import config_fingerprint, old_place
 from merit_fast.progress import Progress
+
+if TYPE_CHECKING:
+    from merit_fast.pipeline.storage.store import OutputStore
 
 
 class Upkeep:
@@ -114,6 +119,32 @@ class Upkeep:
             self._record_old(keep_old)
             self.records.add(path, time.perf_counter() - started)
         return True
+
+    def take(self, path: Path, manifest: StageManifest, store: "OutputStore", whole: bool) -> None:
+        """Makes ``path`` a copy of a finished output of the store, unless it is up to date.
+
+        ``whole``: False: of its JSON files only; the copy counts in this process only.
+
+        Raises:
+            InputError: the path holds a file or is a folder that is not ours.
+            MeritFastError: see ``OutputStore.fetch``.
+        """
+        name = self.records.name(path)
+        if not whole:
+            self.records.partial.add(name)
+        with self._locked(name):
+            state = self._recovered(path, manifest)
+            if state.is_current:
+                return
+            if state.state == "foreign" or state.is_surplus:
+                raise InputError(f"{state.detail}; move it away")
+            keep_old = self._keep(name, state)
+            text = store.stage_text(manifest.fingerprint)
+            with copied_directory(path, text, manifest.fingerprint, keep_old) as directory:
+                store.fetch(manifest.fingerprint, directory, path, whole)
+            self._record_old(keep_old)
+            if whole:
+                self.records.add(path, None)
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:

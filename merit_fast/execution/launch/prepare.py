@@ -15,11 +15,10 @@ from merit_fast.manifests.stages import SPLIT
 from merit_fast.options.parser import to_plain
 from merit_fast.pipeline.config import RunConfig, paths_in
 from merit_fast.pipeline.outputs import Outputs
+from merit_fast.pipeline.storage.secret import secrets_in
 from merit_fast.pipeline.units.listing import list_units, missing_units
 
 _FLAGS = {"minutes": "--time"}
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.I)
-_LEAST_SECRET = 8  # characters: a shorter value may stand in a file by chance
 _PARTITION = re.compile(r"[A-Za-z0-9_.,-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
@@ -72,7 +71,7 @@ def launch_files(launch: Launch) -> dict[str, str]:
     if not launch.steps:
         return {}
     files = TARGETS[launch.target].make(launch)
-    _refuse_secrets(files, os.environ)
+    _refuse_secrets(files)
     return files
 
 
@@ -204,17 +203,14 @@ def _check_places(config: RunConfig, file: str, folder: Path) -> None:
             )
 
 
-def _refuse_secrets(files: Mapping[str, str], environment: Mapping[str, str]) -> None:
+def _refuse_secrets(files: Mapping[str, str]) -> None:
     """Refuses files that hold the value of a variable whose name tells a secret.
 
     Raises:
         InputError: names the file and the variable.
     """
-    for variable, value in environment.items():
-        if len(value) < _LEAST_SECRET or not _SECRET.search(variable):
-            continue
-        for name, text in files.items():
-            if value in text:
-                raise InputError(
-                    f"{name}: would hold the value of {variable}; give names of secrets only"
-                )
+    for name, text in files.items():
+        for variable in secrets_in(text):
+            raise InputError(
+                f"{name}: would hold the value of {variable}; give names of secrets only"
+            )

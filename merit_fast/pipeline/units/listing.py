@@ -87,7 +87,7 @@ def missing_units(units: Mapping[str, Unit], outputs: Outputs) -> dict[str, Unit
 
 def is_done(unit: Unit, outputs: Outputs) -> bool:
     """Whether the unit's output is finished, undamaged and of this config."""
-    return outputs.records.check(unit.path, unit.manifest.fingerprint).is_current
+    return outputs.is_finished(unit.path, unit.manifest)
 
 
 def unit_named(name: str, units: Mapping[str, Unit], outputs: Outputs) -> Unit:

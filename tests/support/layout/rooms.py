@@ -145,6 +145,7 @@ INSIDE = {
         "plan",
         "reporting",
         "records",
+        "storage",
         "outputs",
         "data",
         "branches",
