@@ -30,13 +30,7 @@ def open_place(text: str) -> RemotePath:
         InputError: the URL holds credentials or a query, its kind is not known, or its client is
             not installed.
     """
-    _, separator, rest = text.partition("://")
-    user = rest.partition("/")[0].rpartition("@")[0]
-    if ":" in user or "?" in rest or "::" in text:
-        raise InputError(  # the message shows no value
-            "command line: --storage: must be a path or URL without password, query and '::'; the "
-            "client takes credentials from its variables or files"
-        )
+    refuse_credentials(text)
     location = as_location(text)
     if isinstance(location, RemotePath):
         return location
@@ -44,6 +38,21 @@ def open_place(text: str) -> RemotePath:
 
     path = str(location.expanduser().absolute())
     return RemotePath(LocalFileSystem(auto_mkdir=True), path, path)
+
+
+def refuse_credentials(text: str) -> None:
+    """Refuses a URL that may hold a secret, as it will stand in files and command lines.
+
+    Raises:
+        InputError: it has a password, a query or a chain of URLs; the message shows no value.
+    """
+    rest = text.partition("://")[2]
+    user = rest.partition("/")[0].rpartition("@")[0]
+    if ":" in user or "?" in rest or "::" in text:
+        raise InputError(
+            "command line: --storage: must be a path or URL without password, query and '::'; the "
+            "client takes credentials from its variables or files"
+        )
 
 
 def request(path: RemotePath, call: Callable[[], T]) -> T:
