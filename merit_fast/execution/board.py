@@ -52,9 +52,18 @@ class Board:
         ]
 
     def _look(self) -> None:
-        """Asks the run's store, if it has one, which outputs are finished now."""
-        if self.outputs.store is not None:
-            self.outputs.store.look()
+        """Asks the run's store, if it has one, which outputs are finished now.
+
+        Another driver may have finished the split, which is then copied.
+        """
+        outputs = self.outputs
+        if outputs.store is None:
+            return
+        outputs.store.look()
+        folder = outputs.folder(SPLIT)
+        is_here = outputs.records.check(folder, outputs.split.fingerprint).is_current
+        if not is_here and outputs.is_finished(folder, outputs.split):
+            self.outputs = self._make_outputs()
 
     @property
     def counts(self) -> Counts:

@@ -91,7 +91,7 @@ class Outputs:
     def is_finished(self, path: Path, manifest: StageManifest) -> bool:
         """Whether the output is finished: in the store if the run has one, else here, undamaged."""
         if self.store:
-            return self.store.has(manifest.fingerprint)
+            return self.store.has(self.records.name(path), manifest.fingerprint)
         return self.records.check(path, manifest.fingerprint).is_current
 
     def put_in_force(self, again: bool) -> None:

@@ -172,7 +172,8 @@ class Run:
         tuned = read_tuned(outputs.root, evaluation)
         merged: Path | RemotePath = outputs.merge_path("merit")
         if outputs.store is not None:  # which has the weights
-            merged = outputs.store.folder(outputs.merge("merit").fingerprint)
+            name = outputs.records.name(outputs.merge_path("merit"))
+            merged = outputs.store.folder(name, outputs.merge("merit").fingerprint)
         return {
             "arms": {name: to_plain(result) for name, result in evaluation.arms.items()},
             "branches": {name: to_plain(result) for name, result in evaluation.branches.items()},

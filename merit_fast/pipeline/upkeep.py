@@ -102,9 +102,7 @@ class Upkeep:
             if state.is_current:
                 self.progress.note(f"{name}: up to date")
                 return False
-            if state.state == "foreign" or state.is_surplus:
-                where = "" if state.state == "foreign" else f"{self.outputs.root}/"
-                raise InputError(f"{where}{state.detail}; move it away")
+            self._refuse_foreign(state)
             if self._take_up(path, manifest, state):
                 return False
             if state.state != "absent":
@@ -136,12 +134,12 @@ class Upkeep:
             state = self._recovered(path, manifest)
             if state.is_current:
                 return
-            if state.state == "foreign" or state.is_surplus:
-                raise InputError(f"{state.detail}; move it away")
+            self._refuse_foreign(state)
             keep_old = self._keep(name, state)
-            text = store.stage_text(manifest.fingerprint)
-            with copied_directory(path, text, manifest.fingerprint, keep_old) as directory:
-                store.fetch(manifest.fingerprint, directory, path, whole)
+            digest = manifest.fingerprint
+            text = store.stage_text(name, digest)
+            with copied_directory(path, text, digest, keep_old) as directory:
+                store.fetch(name, digest, directory, path, whole)
             self._record_old(keep_old)
             if whole:
                 self.records.add(path, None)
@@ -160,6 +158,11 @@ class Upkeep:
                 self.progress.note(f"{name}: {other} makes it; waiting for it")
                 stack.enter_context(exclusive(lock, self.owner))
             yield
+
+    def _refuse_foreign(self, state: OutputState) -> None:
+        if state.state == "foreign" or state.is_surplus:
+            where = "" if state.state == "foreign" else f"{self.outputs.root}/"
+            raise InputError(f"{where}{state.detail}; move it away")
 
     def _recovered(self, path: Path, manifest: StageManifest) -> OutputState:
         """The state of an output, after a finished ``NAME.tmp`` has got its name."""

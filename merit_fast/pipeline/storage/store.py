@@ -17,6 +17,7 @@ from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.atomic import link_file
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest
+from merit_fast.manifests.stages import TRAIN
 from merit_fast.merge.read.remote import RemotePath
 from merit_fast.pipeline.storage.place import create_object, list_objects, read_object, request
 from merit_fast.threads import map_in_threads
@@ -25,6 +26,7 @@ OUTPUTS = "outputs"
 FINISHED = "finished"
 CONFIGS = "configs"
 ATTEMPT = "attempt-"  # begins the name of an attempt's folder
+_BRANCHES = f"{TRAIN.folder}/"  # a branch's fingerprint covers its content, and no name
 _THREADS = 4  # files at a time
 # s3fs would hold 10 parts of 50 MiB in memory for each file.
 _SENDING: dict[str, dict[str, int]] = {"s3": {"chunksize": 16 << 20, "max_concurrency": 2}}
@@ -43,8 +45,8 @@ class OutputStore:
         self.place = place
         self.downloaded = 0
         self.uploaded = 0
-        self._names: dict[str, str] = {}  # fingerprint -> name of the output
-        self._texts: dict[str, str] = {}  # fingerprint -> stage.json
+        self._names: dict[str, set[str]] = {}  # fingerprint -> names of outputs
+        self._texts: dict[RemotePath, str] = {}  # marker -> stage.json
 
     def copied_bytes(self) -> dict[str, int]:
         """Bytes of files that this object has fetched and sent, by the names of units.jsonl."""
@@ -59,47 +61,51 @@ class OutputStore:
         for path in list_objects(self.place / FINISHED):
             name, _, fingerprint = path.removesuffix(".json").rpartition("/")
             if path.endswith(".json"):
-                self._names.setdefault(fingerprint, name)
+                self._names.setdefault(fingerprint, set()).add(name)
 
-    def has(self, fingerprint: str) -> bool:
-        """Whether an output of this fingerprint is finished; its name there may be another."""
-        return fingerprint in self._names
+    def has(self, name: str, fingerprint: str) -> bool:
+        """Whether an output is finished; a branch may have another branch's name there."""
+        return self._name_there(name, fingerprint) is not None
 
-    def folder(self, fingerprint: str) -> RemotePath:
+    def folder(self, name: str, fingerprint: str) -> RemotePath:
         """The place of a finished output's files."""
-        return self._attempt(self._names[fingerprint], self.stage_text(fingerprint))
+        marker = self._finished(name, fingerprint)
+        return self._attempt(self._name_of(marker), self.stage_text(name, fingerprint))
 
-    def stage_text(self, fingerprint: str) -> str:
+    def stage_text(self, name: str, fingerprint: str) -> str:
         """The stage.json of a finished output.
 
         Raises:
-            MeritFastError: it is gone since the last look.
+            MeritFastError: the output is not finished there, or gone since the last look.
         """
-        if fingerprint not in self._texts:
-            marker = self._marker(self._names[fingerprint], fingerprint)
+        marker = self._finished(name, fingerprint)
+        if marker not in self._texts:
             try:
-                self._texts[fingerprint] = read_object(marker)
+                self._texts[marker] = read_object(marker)
             except FileNotFoundError:
                 raise MeritFastError(f"{marker}: is gone") from None
-        return self._texts[fingerprint]
+        return self._texts[marker]
 
-    def manifest(self, fingerprint: str) -> StageManifest:
+    def manifest(self, name: str, fingerprint: str) -> StageManifest:
         """The stage.json of a finished output, checked.
 
         Raises:
             InputError: it is damaged or of another schema version.
         """
-        marker = self._marker(self._names[fingerprint], fingerprint)
-        manifest = read_manifest(StageManifest, _Text(marker, self.stage_text(fingerprint)))
+        marker = self._finished(name, fingerprint)
+        manifest = read_manifest(StageManifest, _Text(marker, self.stage_text(name, fingerprint)))
         if manifest.fingerprint != fingerprint:
             raise InputError(f"{marker}: fingerprint: must be {fingerprint}, as its name says")
         return manifest
 
-    def fetch(self, fingerprint: str, directory: Path, near: Path, whole: bool = True) -> None:
+    def fetch(
+        self, name: str, fingerprint: str, directory: Path, near: Path, whole: bool = True
+    ) -> None:
         """Fills ``directory`` with the files of a finished output; each is proved by its hash.
 
         Args:
-            fingerprint: of the output.
+            name: the output's path below the run.
+            fingerprint: the output's.
             directory: files in it that agree stay.
             near: an earlier copy; files of it that agree become hard links.
             whole: False: JSON files only.
@@ -107,19 +113,19 @@ class OutputStore:
         Raises:
             MeritFastError: a file is absent there or has another content, or a request fails.
         """
-        folder = self.folder(fingerprint)
-        files = wanted_files(self.manifest(fingerprint), whole)
+        folder = self.folder(name, fingerprint)
+        files = wanted_files(self.manifest(name, fingerprint), whole)
 
-        def fetch_one(name: str) -> int:
-            size, digest = files[name]
-            target = directory / name
+        def fetch_one(file: str) -> int:
+            size, digest = files[file]
+            target = directory / file
             if _agrees(target, size, digest):
                 return 0
             target.parent.mkdir(parents=True, exist_ok=True)
-            if _agrees(near / name, size, digest):
-                link_file(near / name, target)
+            if _agrees(near / file, size, digest):
+                link_file(near / file, target)
                 return 0
-            return _download(folder / name, target, size, digest)
+            return _download(folder / file, target, size, digest)
 
         self.downloaded += sum(map_in_threads(fetch_one, files, _THREADS))
 
@@ -149,7 +155,7 @@ class OutputStore:
         is_first = create_object(marker, text)
         if not is_first and self._attempt(name, read_object(marker)).path != folder.path:
             self.remove([folder / file for file in (*sizes, STAGE_FILE)])
-        self._names.setdefault(manifest.fingerprint, name)
+        self._names.setdefault(manifest.fingerprint, set()).add(name)
         return is_first
 
     def put_config(self, text: str) -> RemotePath:
@@ -169,12 +175,30 @@ class OutputStore:
     def used_folders(self) -> set[str]:
         """Paths below the place of the files of every output that is finished."""
         start = len(self.place.path) + 1
-        return {self.folder(fingerprint).path[start:] for fingerprint in self._names}
+        outputs = [(name, print_) for print_, names in self._names.items() for name in names]
+        return {self.folder(*output).path[start:] for output in outputs}
 
     def _send(self, file: Path, target: RemotePath) -> None:
         protocol = target.url.partition("://")[0]
         options = _SENDING.get(protocol, {})
         request(target, lambda: target.store.put_file(str(file), target.path, **options))
+
+    def _name_there(self, name: str, fingerprint: str) -> str | None:
+        names = self._names.get(fingerprint, set())
+        if name in names:
+            return name
+        branches = [other for other in names if other.startswith(_BRANCHES)]
+        return min(branches, default=None) if name.startswith(_BRANCHES) else None
+
+    def _finished(self, name: str, fingerprint: str) -> RemotePath:
+        there = self._name_there(name, fingerprint)
+        if there is None:
+            raise MeritFastError(f"{self.place}: has no finished {name} of this config and input")
+        return self._marker(there, fingerprint)
+
+    def _name_of(self, marker: RemotePath) -> str:
+        start = len((self.place / FINISHED).path) + 1
+        return marker.path[start:].rpartition("/")[0]
 
     def _marker(self, name: str, fingerprint: str) -> RemotePath:
         return self.place / FINISHED / name / f"{fingerprint}.json"

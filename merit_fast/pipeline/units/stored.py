@@ -48,7 +48,7 @@ def take_plan(run: Run) -> OutputStore:
     store = outputs.store
     assert store is not None
     store.look()
-    if store.has(outputs.split.fingerprint):
+    if outputs.is_finished(outputs.folder(SPLIT), outputs.split):
         run.take(outputs.folder(SPLIT), outputs.split)
     return store
 
@@ -118,8 +118,9 @@ def _check_disk(outputs: Outputs, inputs: Sequence[tuple[Unit, bool]]) -> None:
     assert store is not None
     needed = 0
     for unit, whole in inputs:
-        files = wanted_files(store.manifest(unit.manifest.fingerprint), whole)
-        needed += sum(size for name, (size, _) in files.items() if not (unit.path / name).exists())
+        name = outputs.records.name(unit.path)
+        files = wanted_files(store.manifest(name, unit.manifest.fingerprint), whole)
+        needed += sum(size for file, (size, _) in files.items() if not (unit.path / file).exists())
     free = free_bytes(outputs.root.absolute())
     if needed > free:
         raise InputError(

@@ -25,22 +25,22 @@ def opened(place):
 
 def fetched(store, fingerprint, folder, near=None, whole=True):
     folder.mkdir()
-    store.fetch(fingerprint, folder, near or folder / "none", whole)
+    store.fetch(NAME, fingerprint, folder, near or folder / "none", whole)
     return folder
 
 
 def test_an_output_comes_back_with_all_its_bytes(place, make_output, tmp_path):
     path, fingerprint = make_output(NAME)
     sent = OutputStore(place)
-    assert not opened(place).has(fingerprint)
+    assert not opened(place).has(NAME, fingerprint)
     assert sent.push(path, NAME)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert sent.uploaded == size - (path / "stage.json").stat().st_size
     store = opened(place)
-    assert store.has(fingerprint)
+    assert store.has(NAME, fingerprint)
     copy = fetched(store, fingerprint, tmp_path / "copy")
     expected = tree_bytes(path)
-    assert store.stage_text(fingerprint) == (path / "stage.json").read_text()
+    assert store.stage_text(NAME, fingerprint) == (path / "stage.json").read_text()
     assert tree_bytes(copy) == {k: v for k, v in expected.items() if str(k) != "stage.json"}
     assert store.downloaded == sent.uploaded
 
@@ -65,10 +65,24 @@ def test_what_is_here_and_agrees_is_not_fetched_again(place, make_output, tmp_pa
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "timing.json").write_text('{"train_s": 9.0}')  # the same size
-    store.fetch(fingerprint, damaged, path)
+    store.fetch(NAME, fingerprint, damaged, path)
     assert store.downloaded == 0 and json.loads((damaged / "timing.json").read_text()) == {
         "train_s": 1.0
     }
+
+
+def test_only_branches_are_known_by_their_content(place, make_output):
+    """The measures of a model hold its name in the names of their files."""
+    path, fingerprint = make_output(NAME)
+    OutputStore(place).push(path, NAME)
+    OutputStore(place).push(path, "units/evaluate/merit-0")
+    store = opened(place)
+    assert store.has("branches/merit-1", fingerprint)
+    assert store.folder("branches/merit-1", fingerprint) == store.folder(NAME, fingerprint)
+    assert store.has("units/evaluate/merit-0", fingerprint)
+    assert not store.has("units/evaluate/merit-1", fingerprint)
+    with pytest.raises(MeritFastError, match=r"has no finished units/evaluate/merit-1 of this"):
+        store.stage_text("units/evaluate/merit-1", fingerprint)
 
 
 def test_json_files_come_without_the_weights(place, make_output, tmp_path):
@@ -114,7 +128,7 @@ def test_a_file_that_is_not_as_it_was_sent_is_an_error(place, make_output, tmp_p
     path, fingerprint = make_output(NAME)
     OutputStore(place).push(path, NAME)
     store = opened(place)
-    file = store.folder(fingerprint) / "deep/weights.bin"
+    file = store.folder(NAME, fingerprint) / "deep/weights.bin"
     if damage is None:
         place.store.rm_file(file.path)
     else:
@@ -155,8 +169,8 @@ def test_a_store_that_stays_down_ends_in_one_line_and_leaves_no_output(place, ma
     assert str(caught.value).startswith(f"{place}/outputs/{NAME}/attempt-")
     assert str(caught.value).endswith("(4 tries)") and "\n" not in str(caught.value)
     place.store = good
-    assert not opened(place).has(fingerprint)
-    assert OutputStore(place).push(path, NAME) and opened(place).has(fingerprint)
+    assert not opened(place).has(NAME, fingerprint)
+    assert OutputStore(place).push(path, NAME) and opened(place).has(NAME, fingerprint)
 
 
 def test_a_store_that_refuses_is_bad_input_at_once(place, make_output):
@@ -194,7 +208,7 @@ def test_clean_removes_attempts_that_died_long_ago_by_the_clock_of_the_store(
     rows = dead_attempts(OutputStore(place))
     assert [(row.name, row.num_bytes) for row in rows] == [(dead.url[len(place.url) + 1 :], 4)]
     assert remove_attempts(OutputStore(place), rows) == rows
-    assert list_objects(place) == finished and opened(place).has(fingerprint)
+    assert list_objects(place) == finished and opened(place).has(NAME, fingerprint)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from support.storage.faulty import with_faults
 from support.warm import run_python
 
 from merit_fast.errors import InputError, MeritFastError
+from merit_fast.execution.board import Board
 from merit_fast.execution.command import Ended
 from merit_fast.execution.drive import JOURNAL, drive
 from merit_fast.pipeline.config import read_run_config
@@ -100,8 +101,9 @@ def test_machines_that_share_nothing_make_the_bytes_of_one_process(
     there = run.outputs.store
     results = 0
     for unit in units.values():
-        files = there.manifest(unit.manifest.fingerprint).files
-        folder = there.folder(unit.manifest.fingerprint)
+        key = run.outputs.records.name(unit.path), unit.manifest.fingerprint
+        files = there.manifest(*key).files
+        folder = there.folder(*key)
         for name in files.keys() - {*MEASURED, "evaluate.json"}:  # these hold seconds
             if unit.path.is_relative_to(run.outputs.root / "units"):
                 continue
@@ -210,6 +212,21 @@ def test_a_dataset_with_another_name_takes_the_branches_over(store, finished_run
     stored._take_inputs(run, units["merge/merit"], units)
     branch = json.loads((units["train/merit-0"].path / "branch.json").read_text())
     assert branch["datasets"] and all(name.startswith("new-") for name in branch["datasets"])
+
+
+def test_a_driver_sees_the_split_that_another_one_has_finished(store, finished_run, tmp_path):
+    forget(store, "split")
+
+    def make_outputs():
+        run = machine(tmp_path / "head", finished_run, store)
+        take_plan(run)
+        return run.outputs
+
+    board = Board(make_outputs)
+    assert list(board.missing) == ["split"]
+    assert do_stored_unit(machine(tmp_path / "other", finished_run, store), "split")
+    board.refresh()
+    assert "merge/merit" in board.units and not board.missing
 
 
 # ---- the command line
