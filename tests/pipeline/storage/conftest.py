@@ -1,15 +1,18 @@
 """Places for outputs: S3 on loopback, fsspec's memory, and a folder; and outputs to put there."""
 
-import itertools
+import random
 
 import pytest
 from support.merge.s3_server import s3_server_or_skip
+from support.merge.stores import NUMBERS
+from support.storage.faulty import with_faults
+from support.storage.machines import copy_of, machine, ready
 
 from merit_fast.manifests.directories import output_directory
 from merit_fast.manifests.io import stage_manifest
+from merit_fast.pipeline.storage import place as place_module
 from merit_fast.pipeline.storage.place import open_place
-
-NUMBERS = itertools.count()
+from merit_fast.pipeline.units.stored import do_stored_unit
 
 
 @pytest.fixture(scope="package")
@@ -50,3 +53,33 @@ def make_output(tmp_path):
         return path, manifest.fingerprint
 
     return make
+
+
+@pytest.fixture(scope="package")
+def by_machines(finished_run, tmp_path_factory):
+    """A run of which every unit was done on a machine of its own, in a random order.
+
+    A tenth of all requests fails, and all of them are slow.
+    """
+    storage = f"memory://run-{next(NUMBERS)}"
+    order = random.Random(5)
+    done = {}
+    failed = 0
+    head = tmp_path_factory.mktemp("head")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place_module, "PAUSES_S", (0.0,) * 6)
+        while names := ready(machine(head, finished_run, storage)):
+            name = order.choice(names)
+            run = machine(tmp_path_factory.mktemp("machine"), finished_run, storage)
+            faulty = with_faults(run.outputs.store.place, 0.1, 0.01, seed=len(done))
+            assert do_stored_unit(run, name)
+            done[name] = run.outputs.store.copied_bytes()
+            failed += faulty.failed
+    assert failed > 10
+    return storage, done
+
+
+@pytest.fixture
+def store(by_machines):
+    """A store of the finished run, for one test."""
+    return copy_of(by_machines[0])
