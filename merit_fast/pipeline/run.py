@@ -103,6 +103,14 @@ class Run:
             adopt_branches([warmup], self.outputs, self.progress)
             return self._train(warmup)
 
+    def release_followers(self) -> None:
+        """Ends the other processes that torchrun has started, where there is nothing to train."""
+        if world_size() > 1:
+            from merit_fast.train.parallel.ranks import joined_ranks
+
+            with joined_ranks() as ranks:
+                ranks.tell(None)
+
     def _train_all(self, ranks: "Ranks | None", only: str | None) -> bool:
         plan = self.outputs.plan
         with self.claim():

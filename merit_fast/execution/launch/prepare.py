@@ -179,7 +179,8 @@ def _check_scratch(target: str, options: Options) -> None:
     if options.storage is None or options.scratch is None:
         return
     refuse_credentials(options.storage)
-    if "://" not in options.storage and TARGETS[target].mounts:
+    is_path = options.storage.startswith("/") and not TARGETS[target].mounts
+    if "://" not in options.storage and not is_path:
         rule = "a URL with --scratch, such as s3://bucket/run"
         raise InputError(f"command line: --storage: must be {rule}, got {options.storage!r}")
     if not options.scratch.startswith("/"):

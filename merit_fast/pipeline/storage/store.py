@@ -90,12 +90,15 @@ class OutputStore:
         """The stage.json of a finished output, checked.
 
         Raises:
-            InputError: it is damaged or of another schema version.
+            InputError: it is damaged, of another schema version, or names a file elsewhere.
         """
         marker = self._finished(name, fingerprint)
         manifest = read_manifest(StageManifest, _Text(marker, self.stage_text(name, fingerprint)))
         if manifest.fingerprint != fingerprint:
             raise InputError(f"{marker}: fingerprint: must be {fingerprint}, as its name says")
+        for file in manifest.files:
+            if file.startswith("/") or ".." in file.split("/"):
+                raise InputError(f"{marker}: files: must lie in the output, got {file!r}")
         return manifest
 
     def fetch(

@@ -34,6 +34,7 @@ def do_stored_unit(run: Run, name: str) -> bool:
     unit = unit_named(name, units, outputs)
     if is_done(unit, outputs):
         run.progress.note(f"{name}: up to date in {store.place}")
+        run.release_followers()
         return False
     _take_inputs(run, unit, units)
     worked = do_unit(run, name)

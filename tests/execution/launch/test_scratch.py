@@ -132,6 +132,7 @@ def test_ray_s_driver_gets_the_store(tmp_path, monkeypatch, call):
     [
         (["--scratch", "/s"], "--scratch: goes with --storage, which is not given"),
         (["--storage", "s3://b"], "--storage: goes with --scratch, which is not given"),
+        (["--storage", "here", "--scratch", "/s"], "--storage: must be a URL with --scratch"),
         (["--storage", "s3://b", "--scratch", "s"], "--scratch: must be an absolute path, got 's'"),
         (["--storage", "s3://me:planted@b", "--scratch", "/s"], "--storage: must be a path or URL"),
     ],

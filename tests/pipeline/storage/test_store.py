@@ -140,6 +140,18 @@ def test_a_file_that_is_not_as_it_was_sent_is_an_error(place, make_output, tmp_p
     assert not list((tmp_path / "copy").rglob("*.part"))
 
 
+@pytest.mark.parametrize("elsewhere", ["../../victim", "/tmp/victim", "deep/../../victim"])
+def test_a_stage_json_writes_nothing_outside_of_its_output(place, make_output, tmp_path, elsewhere):
+    path, fingerprint = make_output(NAME)
+    OutputStore(place).push(path, NAME)
+    marker = place / FINISHED / NAME / f"{fingerprint}.json"
+    values = json.loads(place.store.cat_file(marker.path))
+    values["files"][elsewhere] = values["files"].pop("timing.json")
+    place.store.pipe_file(marker.path, json.dumps(values).encode())
+    with pytest.raises(InputError, match=rf"{marker}: files: must lie in the output, got"):
+        fetched(opened(place), fingerprint, tmp_path / "copy")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_requests_that_fail_or_lose_their_answer_change_no_byte(
     place, make_output, tmp_path, monkeypatch, seed

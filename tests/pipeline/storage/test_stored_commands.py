@@ -1,14 +1,15 @@
 """The commands on a store: units by hand, the driver, and no secret anywhere."""
 
 import json
+import os
 
 import pytest
 from support.checks import tree_bytes
 from support.merge.stores import NUMBERS
 from support.paths import KILL_AT
 from support.runs import Notes
-from support.storage.machines import WEIGHTS, forget, machine, ready
-from support.warm import run_python
+from support.storage.machines import WEIGHTS, copy_of, forget, machine, ready
+from support.warm import run_python, run_together
 
 from merit_fast.errors import MeritFastError
 from merit_fast.execution.command import Ended
@@ -95,6 +96,19 @@ def test_a_unit_that_is_killed_before_its_marker_is_sent_by_the_same_command(
     again = run_python(["-m", "merit_fast", *words], timeout=300)
     assert again.returncode == 0 and again.stdout.startswith("sketch/codes: up to date; "), again
     assert "sketch/codes" not in ready(machine(tmp_path / "third", finished_run, str(shared)))
+
+
+@pytest.mark.process
+def test_processes_of_a_training_that_is_done_end_together(store, finished_run, tmp_path):
+    file = finished_run.copy_config(tmp_path)
+    shared = copy_of(store, str(tmp_path / "shared"))
+    there = ["--storage", shared, "--scratch", str(tmp_path / "scratch")]
+    command = ["-m", "merit_fast", "unit", str(file), "train/merit-0", *there]
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(21500 + os.getpid() % 2000)}
+    environments = [{**os.environ, **ranks, "WORLD_SIZE": "2", "RANK": rank} for rank in "01"]
+    ended = run_together([command] * 2, environments=environments, timeout=120)
+    assert [process.returncode for process in ended] == [0, 0], ended
+    assert ended[0].stdout.startswith("train/merit-0: up to date; ") and not ended[1].stdout
 
 
 # ---- the driver

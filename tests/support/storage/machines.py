@@ -39,10 +39,10 @@ def forget(storage: str, name: str) -> None:
             place.store.rm_file((place / path).path)
 
 
-def copy_of(storage: str) -> str:
-    """Another store with the same objects."""
+def copy_of(storage: str, target: str = "") -> str:
+    """Another store with the same objects; ``target``: its place."""
     source = open_place(storage)
-    copy = open_place(f"memory://run-{next(NUMBERS)}")
+    copy = open_place(target or f"memory://run-{next(NUMBERS)}")
     for path in list_objects(source):
         copy.store.pipe_file((copy / path).path, source.store.cat_file((source / path).path))
     return str(copy)
