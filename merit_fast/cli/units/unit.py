@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ def add_unit(parser: Parser) -> Work:
 
 def _unit(arguments: argparse.Namespace) -> None:
     from merit_fast.cli.stages import progress_of
+    from merit_fast.execution.process import end_with_parent
     from merit_fast.model import keep_freed_memory
     from merit_fast.pipeline.run import Run
     from merit_fast.train.parallel.world import require_one_process, world_rank, world_size
@@ -44,6 +46,8 @@ def _unit(arguments: argparse.Namespace) -> None:
     file, config = read_unit_config(file, assignments, arguments.threads)
     if arguments.scratch is not None:
         config = replace(config, output=arguments.scratch)
+    if world_size() > 1:  # torchrun starts it in a session that no signal of the driver reaches
+        end_with_parent()
     follows = world_size() > 1 and world_rank() > 0
     progress: Progress = SilentProgress()
     if not follows:  # with --json too: an executor keeps the lines as the unit's log
@@ -103,13 +107,20 @@ def _do(run: "Run", name: str, as_json: bool) -> None:
     copied = {} if store is None else store.copied_bytes()
     if as_json:
         answer = {"unit": name, "worked": worked, "seconds": round(seconds, 3)}
-        print(json.dumps(answer | moved_bytes() | copied))
+        cost = {"cpu_seconds": cpu_seconds(), **moved_bytes(), **copied}
+        print(json.dumps(answer | cost))
     else:
         state = f"done in {human_time(seconds)}" if worked else "up to date"
         words = [
             f"{human_bytes(size)} {what.removesuffix('_bytes')}" for what, size in copied.items()
         ]
         print("; ".join([f"{name}: {state}", *words]))
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of its ended children, from their first instruction."""
+    times = os.times()
+    return round(times.user + times.system + times.children_user + times.children_system, 3)
 
 
 def moved_bytes() -> dict[str, int]:
@@ -121,15 +132,15 @@ def moved_bytes() -> dict[str, int]:
 
 def _show_units(run: "Run", as_json: bool) -> None:
     """Prints the state of every unit that is known."""
-    from merit_fast.pipeline.units.listing import unit_states
+    from merit_fast.cli.status import unit_lines
+    from merit_fast.pipeline.units.states import unit_states
     from merit_fast.pipeline.units.stored import take_plan
 
     if run.outputs.store is not None:
         take_plan(run)
-    states = unit_states(run.outputs)
+    states = unit_states(run.outputs, run.data.rows)
     if as_json:
         print(json.dumps({"units": [asdict(state) for state in states]}))
         return
-    width = max(len(state.name) for state in states)
-    for state in states:
-        print(f"{state.name:{width}}  {state.state} {state.detail}")
+    for line in unit_lines(states):
+        print(line)

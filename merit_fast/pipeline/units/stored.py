@@ -14,8 +14,8 @@ from merit_fast.pipeline.branches import adopt_branches
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.run import Run
 from merit_fast.pipeline.storage.store import OutputStore, wanted_files
-from merit_fast.pipeline.units.doing import do_unit
-from merit_fast.pipeline.units.listing import BASE, Unit, is_done, list_units, unit_named
+from merit_fast.pipeline.units.doing import do_unit, units_for
+from merit_fast.pipeline.units.listing import BASE, Unit, is_done, unit_named
 from merit_fast.units import human_bytes
 
 
@@ -30,7 +30,7 @@ def do_stored_unit(run: Run, name: str) -> bool:
     """
     outputs = run.outputs
     store = take_plan(run)
-    units = list_units(outputs)
+    units = units_for(run, name)
     unit = unit_named(name, units, outputs)
     if is_done(unit, outputs):
         run.progress.note(f"{name}: up to date in {store.place}")
@@ -67,9 +67,10 @@ def take_results(run: Run) -> None:
 def inputs_of(unit: Unit, units: Mapping[str, Unit], outputs: Outputs) -> dict[str, bool]:
     """Units whose outputs a unit reads, next to the split -> whether it reads all their files.
 
-    Of the others it reads JSON files only, which costs no weights.
+    Of the others it reads JSON files only, which costs no weights. Shares count if they are done.
     """
-    whole = dict.fromkeys(unit.needs, True)
+    shares = (share for share in unit.shares if is_done(units[share], outputs))
+    whole = dict.fromkeys((*unit.needs, *shares), True)
     merges = [name for name in units if name.startswith(f"{MERGE.name}/")]
     read: list[str] = []
     if unit.name == EVALUATE.name:
@@ -82,9 +83,11 @@ def inputs_of(unit: Unit, units: Mapping[str, Unit], outputs: Outputs) -> dict[s
 
 
 def _reads_start(unit: Unit, outputs: Outputs) -> bool:
-    """Whether a unit after the split reads the warm-up's model."""
-    if unit.name == WARMUP or unit.name == BASE:
+    """Whether a unit reads the warm-up's model."""
+    if unit.name in (WARMUP, BASE):
         return False
+    if unit.stage == SKETCH.name:
+        return unit.name != SKETCH.name  # that one joins the datasets' sketches
     if unit.stage == TRAIN.name:
         return outputs.branches[unit.item].start != "base"
     if unit.stage == EVALUATE.name:  # an adapter is loaded on its start

@@ -13,9 +13,10 @@ from support.warm import run_python, run_together
 
 from merit_fast.errors import MeritFastError
 from merit_fast.execution.command import Ended
-from merit_fast.execution.drive import JOURNAL, drive
+from merit_fast.execution.drive import drive
 from merit_fast.pipeline.storage.place import list_objects, open_place
 from merit_fast.pipeline.storage.store import OutputStore
+from merit_fast.pipeline.units.journal import JOURNAL
 
 
 def test_the_command_line_does_and_lists_units_of_a_store(
@@ -39,7 +40,7 @@ def test_the_command_line_does_and_lists_units_of_a_store(
     code, shown, error = call("unit", file, *there)
     states = dict(line.split()[:2] for line in shown.splitlines())
     assert code == 0 and states["sketch/codes"] == "done", error
-    assert states["sketch/plurals"] == "ready" and states["split"] == "waiting"
+    assert states["sketch/plurals/1-of-2"] == "ready" and states["split"] == "waiting"
     code, again, error = call("unit", file, "sketch/codes", *there)
     assert code == 0 and again == "sketch/codes: up to date; 0 B downloaded; 0 B uploaded\n", error
     code, _, said = call("unit", file, "split", *there)
@@ -117,6 +118,7 @@ class InProcess:
 
     threads = None
     processes = 1
+    workers = 1
 
     def __init__(self, call):
         self.call = call

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from support.checks import tree_bytes
 from support.runs import MEASURED, Notes
 from support.storage.machines import WEIGHTS, forget, machine, ready
 
@@ -14,7 +15,7 @@ from merit_fast.pipeline.run import Run
 from merit_fast.pipeline.storage.place import list_objects, open_place
 from merit_fast.pipeline.storage.store import OutputStore
 from merit_fast.pipeline.units import stored
-from merit_fast.pipeline.units.doing import do_unit
+from merit_fast.pipeline.units.doing import do_unit, units_for
 from merit_fast.pipeline.units.listing import is_done, list_units
 from merit_fast.pipeline.units.stored import do_stored_unit, take_plan
 
@@ -90,6 +91,34 @@ def test_the_same_unit_twice_at_once_is_one_output(store, finished_run, tmp_path
     )
 
 
+def test_shares_of_a_merge_come_from_other_machines(store, finished_run, tmp_path):
+    forget(store, "merged/merit")
+    forget(store, "units/shares")
+    for i in (1, 2):
+        share = machine(tmp_path / f"share-{i}", finished_run, store)
+        take_plan(share)
+        units = units_for(share, "merge/merit")
+        name = next(name for name in units if name.startswith(f"merge/merit/{i}-of-"))
+        assert do_stored_unit(share, name)
+        assert share.outputs.store.uploaded > 10_000
+    run = machine(tmp_path / "whole", finished_run, store)
+    assert do_stored_unit(run, "merge/merit")
+    assert (run.outputs.root / "units" / "shares").exists()
+    ours, theirs = tree_bytes(run.outputs.root / "merged"), tree_bytes(finished_run.out / "merged")
+    assert [name for name in theirs if ours[name] != theirs[name]] in ([], ["merit/stage.json"])
+
+
+def test_shares_of_a_sketch_come_from_other_machines(store, finished_run, tmp_path):
+    forget(store, "units/sketch/codes")
+    assert do_stored_unit(machine(tmp_path / "a", finished_run, store), "sketch/codes/1-of-2")
+    run = machine(tmp_path / "b", finished_run, store)
+    assert do_stored_unit(run, "sketch/codes")
+    assert run.outputs.store.downloaded > 10_000  # the share's sums
+    file = "codes.safetensors"
+    ours = (run.outputs.root / "units/sketch/codes" / file).read_bytes()
+    assert ours == (finished_run.out / "sketch" / file).read_bytes()
+
+
 def test_a_unit_whose_needs_are_absent_or_damaged_does_nothing(store, finished_run, tmp_path):
     forget(store, "merged/merit")
     run = machine(tmp_path / "a", finished_run, store)
@@ -146,12 +175,12 @@ def test_a_dataset_with_another_name_takes_the_branches_over(store, finished_run
 def test_a_driver_sees_the_split_that_another_one_has_finished(store, finished_run, tmp_path):
     forget(store, "split")
 
-    def make_outputs():
+    def make_data():
         run = machine(tmp_path / "head", finished_run, store)
         take_plan(run)
-        return run.outputs
+        return run.data
 
-    board = Board(make_outputs)
+    board = Board(make_data)
     assert list(board.missing) == ["split"]
     assert do_stored_unit(machine(tmp_path / "other", finished_run, store), "split")
     board.refresh()
