@@ -31,7 +31,7 @@ def test_the_recorded_hash_of_every_file_is_that_of_its_content(tmp_path, base, 
     config = MergeConfig(**dict(weights="uniform") | options)
     merge_models(models, base=base and tmp_path / base, out=tmp_path / "out", config=config)
     recorded = json.loads((tmp_path / "out/stage.json").read_text())["files"]
-    assert len(recorded) >= 3
+    assert len(recorded) >= 2
     for name, (size, digest) in recorded.items():
         file = tmp_path / "out" / name
         assert (size, digest) == (file.stat().st_size, checksum(file))
