@@ -86,7 +86,10 @@ def sketch_mixture(  # noqa: PLR0913
         mixture,
         freeze,
         factors,
+        () if only is None else tuple(earlier),
     )
+    directory.mkdir(parents=True, exist_ok=True)
+    keep_factors(config, mixture.multipliers, directory, earlier if only is None else ())
     if only is not None:
         mixture = mixture.only(only)
     if share is not None:
@@ -144,6 +147,7 @@ class SketchWork:
     mixture: DrawnMixture
     freeze: Sequence[str] | None
     factors: Path | None = None
+    with_factors: Sequence[Path] = ()  # outputs that may hold the factors, which stay there
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,6 @@ def _reuse(
     rows = {drawn.name: drawn.stored for drawn in mixture.datasets if config.store}
     kept, reused = reuse_states(directory, earlier, sums, tuple(config.parts or ()))
     stored = reuse_rows(directory, earlier, rows)
-    keep_factors(config, mixture.multipliers, directory, earlier)
     if config.store:
         kept &= stored
         reused &= stored
@@ -186,7 +189,6 @@ def _sketch_share(
     """Sketches every n-th span of a dataset from the i-th on, of a share (i, n)."""
     number, count = share
     config = work.config
-    work.directory.mkdir(parents=True, exist_ok=True)
     numbers = range(number - 1, drawn.num_spans, count)
     is_known = has_states(earlier, drawn.sums, tuple(config.parts or ())) and (
         not config.store or has_rows(earlier, drawn.stored)
@@ -194,7 +196,6 @@ def _sketch_share(
     if is_known or drawn.num_spans == 1 or not numbers:
         work.progress.note(f"sketch: {drawn.name}: has no span that share {number} must sketch")
         return
-    keep_factors(config, work.mixture.multipliers, work.directory, earlier)
     jobs = _jobs_of(work, drawn, earlier, numbers)
     if jobs:
         with _passes(work, sum(len(job.drawn.indices) for job in jobs)) as (passes, task):
@@ -271,6 +272,7 @@ def _multipliers(
         work.directory,
         work.progress,
         work.factors,
+        work.with_factors,
     )
 
 
