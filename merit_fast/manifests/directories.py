@@ -7,6 +7,7 @@ resumes.
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from merit_fast.manifests.kept import RECORD_SUFFIX, put_record, read_records, r
 from merit_fast.manifests.ledger import adopt
 from merit_fast.manifests.locks import check_owners, claim, exclusive, locks_of, this_process
 from merit_fast.records import replace
+from merit_fast.threads import map_in_threads
 
+_THREADS = 8  # one commit of the file system's journal serves all that wait for it
 _WEIGHTS = ".safetensors"
 _MARKER = "fingerprint"  # file in NAME.tmp: only a run of this fingerprint resumes it
 
@@ -127,10 +130,13 @@ def finish_directory(
         for name, (size, _, digest) in records.items()
         if name not in (_MARKER, STAGE_FILE) and not name.endswith(RECORD_SUFFIX)
     }
-    write_manifest(replace(manifest, files=files), temporary / STAGE_FILE, fsync)
+    write_manifest(replace(manifest, files=files), temporary / STAGE_FILE, fsync=False)
+    _seal(temporary, fsync)
     remove_records(temporary)
-    (temporary / _MARKER).unlink()
-    commit_directory(temporary, path, fsync, keep_old)
+    (temporary / _MARKER).unlink()  # after a power cut, stage.json or the marker names the owner
+    if fsync:
+        fsync_path(temporary)
+    _publish(temporary, path, fsync, keep_old)
 
 
 def commit_directory(
@@ -144,15 +150,26 @@ def commit_directory(
         fsync: whether all files reach the disk before the rename.
         keep_old: place to which the replaced directory moves; None: it is removed.
     """
+    _seal(temporary, fsync)
+    _publish(temporary, path, fsync, keep_old)
+
+
+def _seal(folder: Path, fsync: bool) -> None:
+    """Gives every file of a folder the usual mode; ``fsync``: all of it is on the disk then."""
     mask = os.umask(0)
     os.umask(mask)
-    for file in sorted(temporary.rglob("*")):
-        if file.is_file():
-            file.chmod(0o666 & ~mask)  # safetensors' writer makes 0600 whatever the umask
-        if fsync:
-            fsync_path(file)
+    mode = 0o666 & ~mask
+    inside = list(folder.rglob("*"))
+    for file in inside:
+        status = file.stat()
+        if stat.S_ISREG(status.st_mode) and stat.S_IMODE(status.st_mode) != mode:
+            file.chmod(mode)  # safetensors' writer makes 0600 whatever the umask
     if fsync:
-        fsync_path(temporary)
+        map_in_threads(fsync_path, [*inside, folder], _THREADS)
+
+
+def _publish(temporary: Path, path: Path, fsync: bool, keep_old: Path | None) -> None:
+    """Renames a sealed folder to ``path``; see ``commit_directory``."""
     old = path.with_name(path.name + ".old")
     if path.exists():
         _remove(keep_old or old, ignore_errors=True)

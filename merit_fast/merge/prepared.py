@@ -215,9 +215,9 @@ class PreparedMerge:
         if self.slices:
             write_depth(directory, self.slices)
         for name, text in records.items():
-            write_text(directory / name, text, self.config.fsync)
+            write_text(directory / name, text, fsync=False)  # with the whole output
         card = model_card(self._card_facts(), directory)
-        write_text(directory / CARD_FILE, card, self.config.fsync)
+        write_text(directory / CARD_FILE, card, fsync=False)
 
     def _card_facts(self) -> CardFacts:
         reason = self._dtype_reason()
