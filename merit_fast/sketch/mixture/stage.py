@@ -96,14 +96,7 @@ def sketch_mixture(  # noqa: PLR0913
         _sketch_share(work, mixture.datasets[0], share, earlier)
         return
     missing = _reuse(mixture, config, directory, progress, earlier)
-    jobs = [job for drawn in missing for job in _jobs_of(work, drawn, earlier)]
-    if jobs:
-        with _passes(work, sum(len(job.drawn.indices) for job in jobs)) as (passes, task):
-            for job in jobs:
-                _do(work, job, passes, task)
-    for drawn in missing:
-        if drawn.num_spans > 1:
-            Spans(drawn, directory, config).add_up()
+    _sketch_datasets(work, [(drawn, _jobs_of(work, drawn, earlier)) for drawn in missing])
     remove_spans(directory)
 
 
@@ -181,6 +174,19 @@ def _reuse(
         if names:
             progress.note(f"sketch: {len(names)} of {len(mixture.datasets)} datasets {what}")
     return [drawn for drawn in mixture.datasets if drawn.name not in kept | reused]
+
+
+def _sketch_datasets(work: SketchWork, todo: Sequence[tuple[DrawnDataset, list[_Job]]]) -> None:
+    """Sketches datasets, and adds up the spans of each; without any work no model is loaded."""
+    num_examples = sum(len(job.drawn.indices) for _, jobs in todo for job in jobs)
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(_passes(work, num_examples)) if num_examples else None
+        for drawn, jobs in todo:
+            for job in jobs:
+                assert opened is not None
+                _do(work, job, *opened)
+            if drawn.num_spans > 1:
+                Spans(drawn, work.directory, work.config).add_up()
 
 
 def _sketch_share(
