@@ -4,27 +4,27 @@ The output's files decide what is done. So a driver that dies is started again b
 on any machine; units that still run are waited for by their locks.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.execution.board import Board
 from merit_fast.execution.command import Ended, UnitCommand, unit_command
+from merit_fast.execution.view import View, has_table, shown
 from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.pipeline.config import RunConfig, write_run_config
+from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.run import Run
+from merit_fast.pipeline.units.journal import write_event
 from merit_fast.pipeline.units.listing import CONFIG_FILE
 from merit_fast.progress import Progress
 from merit_fast.units import human_bytes, human_time
 
-JOURNAL = "units.jsonl"  # in UNITS_FOLDER: a line for each start and end, of the last driver too
 RETRIES = 2
 PATIENCE_S = 20.0  # until another machine's rename must be seen here
 
@@ -34,6 +34,11 @@ class Executor(Protocol):
 
     threads: int | None  # CPU threads of a unit; None: as many as torch takes
     processes: int  # of a training, by torchrun
+
+    @property
+    def workers(self) -> int | None:
+        """Units at a time; None: as many as there is room for."""
+        ...
 
     def room(self) -> int:
         """Number of units that can start now."""
@@ -76,7 +81,12 @@ def drive(
             folder.mkdir(parents=True, exist_ok=True)
             settled = run.config  # a dtype that is "auto" is this machine's everywhere
             write_run_config(settled, folder / CONFIG_FILE)
-            board = Board(lambda: Outputs(settled, command, verify))
+            several = executor.workers is None or executor.workers > 1
+
+            def make_data() -> RunData:
+                return RunData(Outputs(settled, command, verify), progress)
+
+            board = Board(make_data, has_shares=several)
             Driver(board, executor, progress, folder, retries).run()
             return Run(config, progress, command).summary()
 
@@ -87,7 +97,7 @@ class Driver:
     Args:
         board: the run's units.
         executor: runs them.
-        progress: gets a note for each.
+        progress: gets a note for each, or shows a table.
         folder: for the journal and the logs.
         retries: times that a unit that dies is started again.
     """
@@ -104,17 +114,19 @@ class Driver:
         self.failures: dict[str, int] = {}
 
     def run(self) -> None:
-        """Runs until no unit is missing.
+        """Runs until no unit is missing; on a terminal a table shows how far it is.
 
         Raises:
             MeritFastError: a unit has failed for good.
         """
-        while self.board.missing:
-            self.start_ready()
-            if not self.running:
-                raise MeritFastError(f"no unit can start; missing: {', '.join(self.board.missing)}")
-            for result in self.executor.wait():
-                self.settle(result)
+        with shown(View(self), self.progress):
+            while self.board.missing:
+                self.start_ready()
+                if not self.running:
+                    missing = ", ".join(self.board.missing)
+                    raise MeritFastError(f"no unit can start; missing: {missing}")
+                for result in self.executor.wait():
+                    self.settle(result)
 
     def start_ready(self) -> None:
         """Starts as many units as there is room for."""
@@ -130,7 +142,7 @@ class Driver:
                 self.executor.processes,
             )
             self.running[name] = time.monotonic()
-            self._write({"event": "start", "unit": name})
+            write_event(self.folder, {"event": "start", "unit": name})
             self.executor.start(command)
 
     def settle(self, result: Ended) -> None:
@@ -141,10 +153,11 @@ class Driver:
         """
         name = result.unit
         seconds = time.monotonic() - self.running.pop(name)
-        self._write({"event": "end", "seconds": round(seconds, 3), **asdict(result)})
+        write_event(self.folder, {"event": "end", "seconds": round(seconds, 3), **asdict(result)})
         if result.code == 0 and self._is_seen(name):
             self.board.refresh(name)
-            self.progress.note(self._sentence(result, seconds))
+            if not has_table(self.progress):
+                self.progress.note(self._sentence(result, seconds))
             return
         log = self.folder / "logs" / f"{name.replace('/', '.')}.log"
         if result.code == 0:
@@ -175,11 +188,6 @@ class Driver:
             f"{result.unit}: done in {human_time(seconds)} on {result.host}, "
             f"{human_bytes(moved)} moved; {counts.done} of {counts.total} units"
         )
-
-    def _write(self, event: dict[str, Any]) -> None:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        with (self.folder / JOURNAL).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": now, **event}) + "\n")
 
 
 @contextmanager

@@ -83,6 +83,12 @@ class SketchConfig:
         "pass; auto: layers if the model does not fit (does not change the sketch)",
         omit_default=True,
     )
+    span: int = option(
+        2048,
+        "examples whose gradients are summed before the sums are added up, in order: a dataset of "
+        "more can be sketched by several machines (changes the last bits of its sums)",
+        omit_default=True,
+    )
     parts: dict[str, str] | None = option(
         None,
         "parts of the model whose conflicts are measured too, each a regex on parameter names; "
@@ -118,6 +124,7 @@ class SketchConfig:
         require(self.blocks >= 2, "blocks", "at least 2", self.blocks)
         require(0 <= self.warmup < 1, "warmup", "at least 0 and below 1", self.warmup)
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        require(self.span >= 1, "span", "at least 1", self.span)
         width = self.store_dim
         is_width = 4096 <= width <= 65536 and width % 4096 == 0
         require(is_width, "store_dim", "a multiple of 4096 from 4096 to 65536", width)
@@ -140,6 +147,14 @@ class SketchConfig:
     def without_store(self) -> Self:
         """The options that decide the sums: without stored rows."""
         return replace(self, store=False, store_dim=type(self).store_dim)
+
+    def num_spans(self, num_examples: int) -> int:
+        """Number of spans of a dataset from which so many examples are drawn.
+
+        With ``precision`` it is 1: the sums so far decide how many examples are sketched.
+        """
+        drawn = num_examples if self.examples == "all" else min(self.examples, num_examples)
+        return 1 if self.precision else max(1, -(-drawn // self.span))
 
     def optimizer_hash(self) -> str | None:
         """Hash of the optimizer's state; None without one.

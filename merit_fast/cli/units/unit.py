@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,12 +33,15 @@ def add_unit(parser: Parser) -> Work:
 
 def _unit(arguments: argparse.Namespace) -> None:
     from merit_fast.cli.stages import progress_of
+    from merit_fast.execution.process import end_with_parent
     from merit_fast.model import keep_freed_memory
     from merit_fast.pipeline.run import Run
     from merit_fast.train.parallel.world import require_one_process, world_rank, world_size
 
     source, name, assignments = _words(arguments.inputs)
     file, config = read_unit_config(source, assignments, arguments.threads)
+    if world_size() > 1:  # torchrun starts it in a session that no signal of the driver reaches
+        end_with_parent()
     follows = world_size() > 1 and world_rank() > 0
     progress: Progress = SilentProgress()
     if not follows:  # with --json too: an executor keeps the lines as the unit's log
@@ -93,10 +97,16 @@ def _do(run: "Run", name: str, as_json: bool) -> None:
     seconds = time.perf_counter() - started
     if as_json:
         answer = {"unit": name, "worked": worked, "seconds": round(seconds, 3)}
-        print(json.dumps(answer | moved_bytes()))
+        print(json.dumps(answer | {"cpu_seconds": cpu_seconds()} | moved_bytes()))
     else:
         state = f"done in {human_time(seconds)}" if worked else "up to date"
         print(f"{name}: {state}")
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of its ended children, from their first instruction."""
+    times = os.times()
+    return round(times.user + times.system + times.children_user + times.children_system, 3)
 
 
 def moved_bytes() -> dict[str, int]:
@@ -108,12 +118,12 @@ def moved_bytes() -> dict[str, int]:
 
 def _show_units(run: "Run", as_json: bool) -> None:
     """Prints the state of every unit that is known."""
-    from merit_fast.pipeline.units.listing import unit_states
+    from merit_fast.cli.status import unit_lines
+    from merit_fast.pipeline.units.states import unit_states
 
-    states = unit_states(run.outputs)
+    states = unit_states(run.outputs, run.data.rows)
     if as_json:
         print(json.dumps({"units": [asdict(state) for state in states]}))
         return
-    width = max(len(state.name) for state in states)
-    for state in states:
-        print(f"{state.name:{width}}  {state.state} {state.detail}")
+    for line in unit_lines(states):
+        print(line)

@@ -6,14 +6,13 @@ they depend on and the file's hash: a run that was killed after them takes them 
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from merit_fast.manifests.atomic import replace_file, write_text
+from merit_fast.manifests.atomic import link_file, replace_file, write_text
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.stages import FACTORS_FILE
 from merit_fast.progress import Progress
@@ -100,8 +99,8 @@ def keep_factors(
         return
     known = next((folder for folder in earlier if _is_intact(folder, source)), None)
     if known is not None:
-        shutil.copyfile(known / FACTORS_FILE, file)
-        shutil.copyfile(known / _RECORD, directory / _RECORD)
+        link_file(known / FACTORS_FILE, file)  # may be as large as the model
+        link_file(known / _RECORD, directory / _RECORD)
 
 
 def _is_intact(directory: Path, source: str | None) -> bool:

@@ -5,26 +5,29 @@ holds a fingerprint of these (``reuse``): only new datasets cost time. With ``no
 sums depend on the rows of all datasets too.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from merit_fast.data import Dataset
 from merit_fast.kernels.sketch import CountSketch
-from merit_fast.manifests.atomic import write_bytes
-from merit_fast.manifests.sketch_state import SketchState, state_path
 from merit_fast.model import freeze_parameters
 from merit_fast.model.layered.choose import load_model_for
 from merit_fast.progress import Progress, Task
 from merit_fast.row_store.identity import StoreIdentity
-from merit_fast.row_store.reuse import reuse_rows
+from merit_fast.row_store.reuse import has_rows, reuse_rows
 from merit_fast.row_store.writer import ROWS_FOLDER, RowWriter
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.mixture.dataset import ERROR_RATE, FIRST_LOOK, DatasetSketcher
 from merit_fast.sketch.mixture.drawing import DrawnDataset, DrawnMixture, draw_mixture
-from merit_fast.sketch.mixture.multipliers import keep_factors, stage_multipliers
-from merit_fast.sketch.mixture.reuse import record_state, reuse_states
+from merit_fast.sketch.mixture.files import write_states
+from merit_fast.sketch.mixture.multipliers import Multipliers, keep_factors, stage_multipliers
+from merit_fast.sketch.mixture.reuse import has_states, record_state, reuse_states
 from merit_fast.sketch.mixture.sampling import check_blocks, describe_signal
+from merit_fast.sketch.mixture.spans import Spans, remove_spans
 from merit_fast.sketch.passes.parts import describe_rest
 from merit_fast.sketch.selection import select_parameters
 from merit_fast.sketch.sketcher import GradientSketcher
@@ -42,6 +45,7 @@ def sketch_mixture(  # noqa: PLR0913
     freeze: Sequence[str] | None = None,
     factors: Path | None = None,
     only: str | None = None,
+    share: tuple[int, int] | None = None,
 ) -> None:
     """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
@@ -49,7 +53,8 @@ def sketch_mixture(  # noqa: PLR0913
     the mean over its target tokens. With ``config.weight`` "tokens" (the default) its gradient
     counts as often as it has target tokens. A row that several datasets have lies in the same block
     of all. A file that a killed run finished in ``directory`` is kept if its dataset, the model and
-    the options are as they were.
+    the options are as they were. A dataset of more than ``config.span`` examples is cut into spans
+    of so many, whose sums are added up in their order.
 
     Args:
         earlier: finished outputs of any mixture and options. Their undamaged files with equal
@@ -60,6 +65,8 @@ def sketch_mixture(  # noqa: PLR0913
             these datasets are collected first.
         only: the one dataset to sketch; the others only decide the blocks of shared rows. None:
             all.
+        share: (i, n), with ``only``: sketch every n-th span of that dataset from the i-th on, for a
+            later call that gets ``directory`` in ``earlier``; none where it has one span only.
 
     Raises:
         InputError: a dataset of one example, or of too few rows that no other dataset has; a part
@@ -69,27 +76,83 @@ def sketch_mixture(  # noqa: PLR0913
     mixture = draw_mixture(datasets, model_fingerprint, config, freeze, factors)
     if config.precision:
         check_blocks(config.blocks, FIRST_LOOK, mixture.most_examples, ERROR_RATE)
+    work = SketchWork(
+        model_path,
+        model_fingerprint,
+        pad_token_id,
+        config,
+        directory,
+        progress,
+        mixture,
+        freeze,
+        factors,
+    )
     if only is not None:
         mixture = mixture.only(only)
+    if share is not None:
+        _sketch_share(work, mixture.datasets[0], share, earlier)
+        return
     missing = _reuse(mixture, config, directory, progress, earlier)
-    if missing:
-        work = SketchWork(
-            model_path, model_fingerprint, pad_token_id, config, directory, freeze, factors
-        )
-        _sketch_datasets(work, mixture, missing, progress)
+    jobs = [job for drawn in missing for job in _jobs_of(work, drawn, earlier)]
+    if jobs:
+        with _passes(work, sum(len(job.drawn.indices) for job in jobs)) as (passes, task):
+            for job in jobs:
+                _do(work, job, passes, task)
+    for drawn in missing:
+        if drawn.num_spans > 1:
+            Spans(drawn, directory, config).add_up()
+    remove_spans(directory)
+
+
+def collect_factors(  # noqa: PLR0913
+    model_path: str,
+    model_fingerprint: str,
+    datasets: Sequence[Dataset],
+    pad_token_id: int,
+    config: SketchConfig,
+    directory: Path,
+    progress: Progress,
+    earlier: Sequence[Path] = (),
+    freeze: Sequence[str] | None = None,
+) -> None:
+    """Collects the K-FAC factors of all datasets into ``directory``; arguments as for the sketch.
+
+    Raises:
+        InputError: as ``sketch_mixture``.
+        MeritFastError: a gradient is not finite.
+    """
+    mixture = draw_mixture(datasets, model_fingerprint, config, freeze)
+    work = SketchWork(
+        model_path, model_fingerprint, pad_token_id, config, directory, progress, mixture, freeze
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    keep_factors(config, mixture.multipliers, directory, earlier)
+    model, parameters = _loaded_model(work)
+    _multipliers(work, model, parameters)
 
 
 @dataclass(frozen=True)
 class SketchWork:
-    """The arguments of ``sketch_mixture`` that every dataset shares."""
+    """The arguments of ``sketch_mixture`` that every dataset shares; ``mixture`` is the whole."""
 
     model_path: str
     model_fingerprint: str
     pad_token_id: int
     config: SketchConfig
     directory: Path
+    progress: Progress
+    mixture: DrawnMixture
     freeze: Sequence[str] | None
-    factors: Path | None
+    factors: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Examples that are summed in one go, and folder and name of their files."""
+
+    drawn: DrawnDataset
+    folder: Path
+    name: str
 
 
 def _reuse(
@@ -117,29 +180,52 @@ def _reuse(
     return [drawn for drawn in mixture.datasets if drawn.name not in kept | reused]
 
 
-def _sketch_datasets(
-    work: SketchWork,
-    mixture: DrawnMixture,
-    missing: Sequence[DrawnDataset],
-    progress: Progress,
+def _sketch_share(
+    work: SketchWork, drawn: DrawnDataset, share: tuple[int, int], earlier: Sequence[Path]
 ) -> None:
+    """Sketches every n-th span of a dataset from the i-th on, of a share (i, n)."""
+    number, count = share
     config = work.config
-    memory = "whole" if config.normalize == "adam" else config.memory
-    model = load_model_for(
-        work.model_path, config.dtype, memory, lambda line: progress.note(f"sketch: {line}")
+    work.directory.mkdir(parents=True, exist_ok=True)
+    numbers = range(number - 1, drawn.num_spans, count)
+    is_known = has_states(earlier, drawn.sums, tuple(config.parts or ())) and (
+        not config.store or has_rows(earlier, drawn.stored)
     )
-    freeze_parameters(model, work.freeze)
-    parameters = select_parameters(model, config.parameters)
-    multipliers = stage_multipliers(
-        model,
-        parameters,
-        mixture,
-        work.pad_token_id,
-        config,
-        work.directory,
-        progress,
-        work.factors,
-    )
+    if is_known or drawn.num_spans == 1 or not numbers:
+        work.progress.note(f"sketch: {drawn.name}: has no span that share {number} must sketch")
+        return
+    keep_factors(config, work.mixture.multipliers, work.directory, earlier)
+    jobs = _jobs_of(work, drawn, earlier, numbers)
+    if jobs:
+        with _passes(work, sum(len(job.drawn.indices) for job in jobs)) as (passes, task):
+            for job in jobs:
+                _do(work, job, passes, task)
+
+
+def _jobs_of(
+    work: SketchWork,
+    drawn: DrawnDataset,
+    earlier: Sequence[Path],
+    chosen: Collection[int] | None = None,
+) -> list[_Job]:
+    """The work on one dataset: itself, or its ``chosen`` spans that are not known (None: all)."""
+    if drawn.num_spans == 1:
+        return [_Job(drawn, work.directory, drawn.name)]
+    spans = Spans(drawn, work.directory, work.config)
+    known = spans.reuse(earlier)
+    if known:
+        count = f"{len(known)} of {drawn.num_spans}"
+        work.progress.note(f"sketch: {drawn.name}: {count} spans are there already")
+    numbers = range(drawn.num_spans) if chosen is None else sorted(chosen)
+    return [_Job(*spans.place(number)) for number in numbers if number not in known]
+
+
+@contextlib.contextmanager
+def _passes(work: SketchWork, num_examples: int) -> Iterator[tuple[DatasetSketcher, Task]]:
+    """Loads the model and gives what sketches with it, and the display of so many examples."""
+    config = work.config
+    model, parameters = _loaded_model(work)
+    multipliers = _multipliers(work, model, parameters)
     with (
         GradientSketcher(
             model,
@@ -153,45 +239,54 @@ def _sketch_datasets(
             check=config.check,
             uncovered=config.uncovered,
             parts=config.parts,
-            notify=progress.note,
+            notify=work.progress.note,
         ) as sketcher,
-        progress.task(
-            "sketch gradients", sum(len(drawn.indices) for drawn in missing), "examples"
-        ) as task,
+        work.progress.task("sketch gradients", num_examples, "examples") as task,
     ):
         if rest := describe_rest(config.parts or {}, parameters):
-            progress.note(rest)
-        passes = DatasetSketcher(model, sketcher, work.pad_token_id, config)
-        for drawn in missing:
-            state = _sketch_dataset(work, passes, drawn, task)
-            if config.precision:
-                signal = describe_signal(state, len(drawn.indices), first=FIRST_LOOK)
-                progress.note(f"{drawn.name}: {signal}")
+            work.progress.note(rest)
+        yield DatasetSketcher(model, sketcher, work.pad_token_id, config), task
 
 
-def _sketch_dataset(
-    work: SketchWork, passes: DatasetSketcher, drawn: DrawnDataset, task: Task
-) -> SketchState:
-    """Sketches one dataset and writes its rows, its sums and its record; returns the sums."""
+def _loaded_model(work: SketchWork) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The model, and the parameters that are sketched, by name."""
+    config = work.config
+    memory = "whole" if config.normalize == "adam" else config.memory
+    model = load_model_for(
+        work.model_path, config.dtype, memory, lambda line: work.progress.note(f"sketch: {line}")
+    )
+    freeze_parameters(model, work.freeze)
+    return model, select_parameters(model, config.parameters)
+
+
+def _multipliers(
+    work: SketchWork, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> Multipliers:
+    return stage_multipliers(
+        model,
+        parameters,
+        work.mixture,
+        work.pad_token_id,
+        work.config,
+        work.directory,
+        work.progress,
+        work.factors,
+    )
+
+
+def _do(work: SketchWork, job: _Job, passes: DatasetSketcher, task: Task) -> None:
+    """Sketches examples and writes their rows, sums and record."""
+    config = work.config
     store = None
-    if work.config.store:
-        identity = StoreIdentity.of(passes.sketcher.identity, work.config.store_dim)
-        store = RowWriter(work.directory / ROWS_FOLDER / drawn.name, identity, drawn.stored)
-    state, of_parts = passes.sketch(drawn, task, store)
+    if config.store:
+        identity = StoreIdentity.of(passes.sketcher.identity, config.store_dim)
+        store = RowWriter(job.folder / ROWS_FOLDER / job.name, identity, job.drawn.stored)
+    state, of_parts = passes.sketch(job.drawn, task, store)
     if store is not None:
         store.finish()
-    _write_states(work.directory, drawn.name, state, of_parts)
+    write_states(job.folder, job.name, state, of_parts)
     checked = passes.sketcher.checked
-    record_state(work.directory, drawn.name, drawn.sums, checked, tuple(of_parts))
-    return state
-
-
-def _write_states(
-    directory: Path, name: str, state: SketchState, of_parts: Mapping[str, SketchState]
-) -> None:
-    """Writes a dataset's sums, those of the whole last."""
-    for part, of_part in of_parts.items():
-        file = state_path(directory, name, part)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, of_part.to_bytes())
-    write_bytes(state_path(directory, name), state.to_bytes())
+    record_state(job.folder, job.name, job.drawn.sums, checked, tuple(of_parts))
+    if config.precision:
+        signal = describe_signal(state, len(job.drawn.indices), first=FIRST_LOOK)
+        work.progress.note(f"{job.name}: {signal}")
