@@ -33,7 +33,7 @@ from merit_fast.manifests.locks import LOCKS_FOLDER
 
 _NOT_COMPARED = ("timing.json", "report.html", "arms.csv", "run.json", "stage.json")
 _NO_RESULT = (UNITS_FOLDER, "tokens", LOCKS_FOLDER)
-_MEASURED = re.compile(r"(^|_)(s|seconds|mib|per_s)$")  # keys of JSON that hold no result
+_MEASURED = re.compile(r"(^|_)(s|seconds|per_s|memory_bytes)$")  # keys of JSON, and columns
 _UNITS = ["--unit-threads", "1", "--workers", "2"]
 
 
@@ -155,6 +155,10 @@ def _result_bytes(file: Path) -> bytes:
 
 
 def _without_measures(value: Any) -> Any:
+    if isinstance(value, dict) and {"columns", "rows"} <= value.keys():
+        columns = value["columns"]
+        rows = [dict(zip(columns, row, strict=True)) for row in value["rows"]]
+        return [_without_measures(row) for row in rows]
     if isinstance(value, dict):
         kept = {key: part for key, part in value.items() if not _MEASURED.search(key)}
         return {key: _without_measures(part) for key, part in kept.items()}

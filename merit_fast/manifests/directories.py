@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, write_error
 from merit_fast.manifests.atomic import fsync_path, link_file, write_text
 from merit_fast.manifests.hashes import compare_files, record_files
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, write_manifest
@@ -122,7 +122,7 @@ def begin_directory(
                 write_text(marker, fingerprint, fsync)
                 (temporary / STAGE_FILE).unlink(missing_ok=True)  # of the other fingerprint
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        raise write_error(path, error) from None
     return temporary
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, MeritFastError, no_space
 from merit_fast.manifests.directories import (
     commit_directory,
     copied_directory,
@@ -110,9 +110,12 @@ class Upkeep:
             keep_old = self._keep(name, state)
             started = time.perf_counter()
             keep_work = manifest.stage == SKETCH.name  # each dataset's file is checked by itself
-            with output_directory(
-                path, manifest, keep_old=keep_old, keep_work=keep_work
-            ) as directory:
+            with (
+                _with_full_disks_named(path),
+                output_directory(
+                    path, manifest, keep_old=keep_old, keep_work=keep_work
+                ) as directory,
+            ):
                 work(directory)
             self._record_old(keep_old)
             self.records.add(path, time.perf_counter() - started)
@@ -219,3 +222,18 @@ class Upkeep:
 
     def _unclaim(self) -> None:
         self._claims -= 1
+
+
+@contextlib.contextmanager
+def _with_full_disks_named(path: Path) -> Iterator[None]:
+    """Names a file or the output in the error of a full disk: those of libraries name none."""
+    try:
+        yield
+    except MeritFastError:
+        raise
+    except Exception as error:
+        reason = no_space(error)
+        if reason is None:
+            raise
+        file = getattr(error, "filename", None) or path
+        raise MeritFastError(f"{file}: {reason}") from error

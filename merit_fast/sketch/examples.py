@@ -52,8 +52,13 @@ class UpdatedExamples:
         """Lists of sequences, tensors and None."""
         return cls(*map(_listed, (dataset_ids, loss_sums, num_target_tokens, blocks)))
 
-    def check(self, size: int, weight: Weight, num_blocks: int) -> None:
-        """Raises InputError if the lists are not of ``size``, or a value breaks its rule."""
+    def check(
+        self, num_rows: int, row_examples: Sequence[int] | None, weight: Weight, num_blocks: int
+    ) -> None:
+        """Raises InputError if a list is not one per example, or a value breaks its rule."""
+        size = num_rows if row_examples is None else len(set(row_examples))
+        if row_examples is not None and len(row_examples) != num_rows:
+            raise InputError(f"row_examples: must be {num_rows} numbers, got {len(row_examples)}")
         for key, values in vars(self).items():
             if (values or key == "dataset_ids") and len(values) != size:
                 raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")

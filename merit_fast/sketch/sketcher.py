@@ -5,15 +5,18 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from merit_fast.errors import InputError, MeritFastError
+from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_check import SketchCheck
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState, Weight
+from merit_fast.sketch.divided.freezing import freeze_weights, is_trainable, reshard
+from merit_fast.sketch.divided.refusals import require_known
+from merit_fast.sketch.divided.sums import summed_states
 from merit_fast.sketch.examples import DatasetId, UpdatedExamples, require_finite
 from merit_fast.sketch.names import canonical_name
 from merit_fast.sketch.passes.parts import Sketches
@@ -22,14 +25,11 @@ from merit_fast.sketch.precondition import FactorSums, KfacFactors, Precondition
 from merit_fast.sketch.selection import (
     model_weights_fingerprint,
     require_one_of,
-    require_whole,
     select_parameters,
     unwrapped,
 )
 
 States = dict[DatasetId, SketchState]
-# Innermost last: parameters that these froze still count as trainable.
-_entered: list["GradientSketcher"] = []
 
 
 class GradientSketcher:
@@ -46,11 +46,13 @@ class GradientSketcher:
     The check compares, on the first pass of every kind of call (its arguments, train or eval, which
     sizes are equal), e = |s - S(g)| / |S(g)| for one example and for the sum over examples, where S
     is ``flat_sketch`` and g autograd's gradient. It fails above 2e-5 in fp32 and 2e-2 in bf16, of
-    all parameters together, and names the parameter with the largest error.
+    all parameters together, and names the parameter with the largest error. Among the processes of
+    FSDP2 a pass is checked in all or in none, and the check's error of one is raised in all.
 
     Args:
         model: called as usual inside the block. With DistributedDataParallel nothing is
-            communicated: add the states of the ranks (``SketchState.merge``).
+            communicated; with FSDP2 all processes run equally many passes, each on own examples.
+            ``sum_over_processes`` adds the states.
         sketch: width and seed.
         parameters: by name; None: all that require a gradient.
         scales: factors of the gradients' entries by parameter name (``adam_scales``).
@@ -93,6 +95,7 @@ class GradientSketcher:
         require_one_of("weight", weight, get_args(Weight))
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
         self.model = unwrapped(model)
+        reshard(self.model)
         self.sketch = sketch
         self.blocks = blocks
         self.weight = weight
@@ -100,7 +103,7 @@ class GradientSketcher:
             select_parameters(self.model, "all", is_trainable) if parameters is None else parameters
         )
         chosen = {canonical_name(name): parameter for name, parameter in chosen.items()}
-        require_whole(chosen)
+        require_known(self.model, chosen)
         self.names = {id(parameter): name for name, parameter in chosen.items()}
         named = {canonical_name(name): scale for name, scale in (scales or {}).items()}
         self.preconditioner = Preconditioner(named, kind="adam" if named else "")
@@ -164,13 +167,9 @@ class GradientSketcher:
         return self._identity
 
     def __enter__(self) -> "GradientSketcher":
-        for parameter in self.model.parameters():
-            self._restore.append(
-                functools.partial(parameter.requires_grad_, parameter.requires_grad)
-            )
-            parameter.requires_grad_(False)
-        _entered.append(self)
-        self._restore.append(functools.partial(_entered.remove, self))
+        self._restore.extend(freeze_weights(self.model, self.names))
+        if self._passes.lockstep.is_divided:  # all processes take part
+            self.identity  # noqa: B018
         self._passes.attach()
         self._restore.append(self._passes.detach)
         # As no_sync does. Buffers are not broadcast either: ranks may differ in their passes.
@@ -269,10 +268,7 @@ class GradientSketcher:
         examples = UpdatedExamples.of(dataset_ids, loss_sums, num_target_tokens, blocks)
         ids = examples.dataset_ids
         num_rows = len(ids) if self._passes.run is None else self._passes.run.size
-        size = num_rows if row_examples is None else len(set(row_examples))
-        if row_examples is not None and len(row_examples) != num_rows:
-            raise InputError(f"row_examples: must be {num_rows} numbers, got {len(row_examples)}")
-        examples.check(size, self.weight, self.blocks)
+        examples.check(num_rows, row_examples, self.weight, self.blocks)
         weights = examples.num_target_tokens if self.weight == "tokens" else ()
         sketches = self._take(row_examples, weights)
         require_finite(sketches.whole, ids)
@@ -283,6 +279,15 @@ class GradientSketcher:
                 examples.add_to(of_part, sketches.parts[part], dataset)
         return sketches.whole
 
+    def sum_over_processes(self, group: Any = None) -> tuple[States, dict[str, States]]:
+        """Returns sums of ``state`` and ``part_state`` over processes: the same bits in each.
+
+        Raises:
+            MeritFastError: there is no process group, or the models or parameters differ.
+        """
+        parts = {part: summed_states(states, group) for part, states in self.part_state.items()}
+        return summed_states(self.state, group), parts
+
     def states_of(self, dataset: DatasetId) -> tuple[SketchState, dict[str, SketchState]]:
         """A dataset's state and those of its parts, empty where it has none yet."""
         if dataset not in self.state:
@@ -291,8 +296,3 @@ class GradientSketcher:
                 identity = dataclasses.replace(self.identity, parameters=names)
                 self.part_state[part][dataset] = SketchState.zeros(identity, self.blocks)
         return self.state[dataset], {p: states[dataset] for p, states in self.part_state.items()}
-
-
-def is_trainable(parameter: nn.Parameter) -> bool:
-    """Whether a parameter requires a gradient, or did before a sketcher froze it."""
-    return parameter.requires_grad or any(id(parameter) in sketcher.names for sketcher in _entered)

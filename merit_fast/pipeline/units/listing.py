@@ -170,7 +170,7 @@ def _before_split(outputs: Outputs, rows: MixtureRows | None) -> Iterable[Unit]:
         yield from cut
         yield _with_shares(part, cut)
         parts.append(part.name)
-    yield Unit(SKETCH.name, outputs.folder(SKETCH), whole, tuple(parts))
+    yield Unit(SKETCH.name, outputs.folder(SKETCH), whole, (*before, *parts))
     yield Unit(SPLIT.name, outputs.folder(SPLIT), outputs.split, (SKETCH.name,))
 
 

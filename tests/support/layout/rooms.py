@@ -87,6 +87,7 @@ INSIDE = {
     "sketch": (
         "config",
         "names",
+        "divided",
         "selection",
         "frozen_linear",
         "precondition",
