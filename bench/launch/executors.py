@@ -27,9 +27,9 @@ from typing import Any
 
 import yaml
 
-from merit_fast.execution.drive import JOURNAL
 from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.manifests.locks import LOCKS_FOLDER
+from merit_fast.pipeline.units.journal import JOURNAL
 
 _NOT_COMPARED = ("timing.json", "report.html", "arms.csv", "run.json", "stage.json")
 _NO_RESULT = (UNITS_FOLDER, "tokens", LOCKS_FOLDER)

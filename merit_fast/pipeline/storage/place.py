@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from merit_fast.errors import InputError, MeritFastError, one_line
+from merit_fast.errors import InputError, MeritFastError, no_space, one_line
 from merit_fast.manifests.atomic import write_bytes
 from merit_fast.merge.read.remote import RemotePath, as_location
 from merit_fast.pipeline.storage.secret import without_secrets
@@ -71,9 +71,11 @@ def request(path: RemotePath, call: Callable[[], T]) -> T:
     while True:
         try:
             return call()
-        except (FileNotFoundError, FileExistsError):
+        except (FileNotFoundError, FileExistsError, MeritFastError):
             raise
         except Exception as error:  # each store's client raises its own kinds
+            if full := no_space(error):  # of a store that is a folder
+                raise MeritFastError(f"{path}: {full}") from None
             reason = without_secrets(one_line(error))
             if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
                 raise InputError(f"{path}: may not be accessed: {reason}") from None

@@ -13,7 +13,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from merit_fast.errors import InputError, MeritFastError
+from merit_fast.errors import InputError, MeritFastError, no_space, write_error
 from merit_fast.manifests.atomic import link_file
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest
@@ -242,11 +242,22 @@ def _download(source: RemotePath, target: Path, size: int, digest: str) -> int:
     """Copies an object to ``target`` and returns its bytes.
 
     Raises:
-        MeritFastError: it is absent, or is not as its output's stage.json has it.
+        MeritFastError: it is absent, or is not as its output's stage.json has it, or the disk is
+            full.
     """
     part = target.with_name(f"{target.name}.part")
+
+    def get() -> None:
+        try:
+            source.store.get_file(source.path, str(part))
+        except OSError as error:
+            if no_space(error):
+                part.unlink(missing_ok=True)
+                raise write_error(target, error) from None
+            raise
+
     try:
-        request(source, lambda: source.store.get_file(source.path, str(part)))
+        request(source, get)
     except FileNotFoundError:
         raise MeritFastError(f"{source}: is absent, and its output counts as finished") from None
     found = part.stat().st_size

@@ -1,5 +1,6 @@
 """Outputs in a store: whole or absent for every reader, one of two attempts, and never a guess."""
 
+import errno
 import json
 from datetime import timedelta
 
@@ -183,6 +184,24 @@ def test_a_store_that_stays_down_ends_in_one_line_and_leaves_no_output(place, ma
     place.store = good
     assert not opened(place).has(NAME, fingerprint)
     assert OutputStore(place).push(path, NAME) and opened(place).has(NAME, fingerprint)
+
+
+def test_a_full_disk_is_named_at_once(place, make_output, tmp_path):
+    path, fingerprint = make_output(NAME)
+    OutputStore(place).push(path, NAME)
+    calls = []
+
+    def fill(source, target):
+        calls.append(source)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = opened(place)
+    with_faults(place, failing=0.0).get_file = fill
+    with pytest.raises(MeritFastError) as caught:
+        fetched(store, fingerprint, tmp_path / "copy", whole=False)
+    file = tmp_path / "copy" / "timing.json"
+    said = f"{file}: no space is left on its disk; the same command resumes the work"
+    assert str(caught.value) == said and len(calls) == 1
 
 
 def test_a_store_that_refuses_is_bad_input_at_once(place, make_output):
