@@ -58,7 +58,6 @@ class Work:
         from merit_fast.sketch import sketch_mixture
 
         outputs = self.outputs
-        crew = {} if ranks is None else {"crew": self._crew(ranks)}
         sketch_mixture(
             str(outputs.start),
             outputs.start_fingerprint,
@@ -71,12 +70,15 @@ class Work:
             outputs.config.train.freeze,
             only=only,
             share=share,
-            **crew,
+            crew=self._crew(ranks),
         )
 
-    def _crew(self, ranks: "Ranks") -> "Crew":
+    def _crew(self, ranks: "Ranks | None") -> "Crew":
         """The processes that share the passes of a sketch, and the model that they divide."""
         from merit_fast.sketch.divided.crew import Crew
+
+        if ranks is None:
+            return Crew()
         from merit_fast.train.parallel.load import load_divided_model
 
         split = self.outputs.config.split
