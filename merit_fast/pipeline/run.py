@@ -66,10 +66,33 @@ class Run:
 
     # ---- stages
     def sketch(self) -> bool:
-        if self.config.split.warmup:
-            self.warm_up()
-        folder = self.outputs.folder(SKETCH)
-        return self.bring_up_to_date(folder, self.outputs.sketch, self.work.sketch)
+        """Sketches the datasets; the processes that torchrun started share the passes."""
+        split = self.config.split
+        if world_size() == 1:
+            if split.warmup:
+                self.warm_up()
+            return self._sketch(None)
+        for key in ("warmup", "normalize"):
+            if getattr(split, key):
+                require_one_process(f"split.{key} {getattr(split, key)}")
+        from merit_fast.train.parallel.ranks import joined_ranks
+
+        with joined_ranks() as ranks:
+            if not ranks.leads:
+                while (message := ranks.tell(None)) is not None:
+                    self.work.sketch(Path(message[0]), ranks=ranks)
+                return False
+            worked = self._sketch(ranks)
+            ranks.tell(None)
+            return worked
+
+    def _sketch(self, ranks: "Ranks | None") -> bool:
+        def work(directory: Path) -> None:
+            if ranks is not None:
+                ranks.tell((str(directory),))
+            self.work.sketch(directory, ranks=ranks)
+
+        return self.bring_up_to_date(self.outputs.folder(SKETCH), self.outputs.sketch, work)
 
     def split(self) -> bool:
         folder = self.outputs.folder(SPLIT)

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,45 @@ def fill_model(model: nn.Module, path: str, ranks: Ranks) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+
+
+def load_divided_model(path: str, dtype: Dtype, ranks: Ranks, key: str) -> Any:
+    """A model that FSDP2 divides layer by layer, to be called as any other.
+
+    Args:
+        key: option that asks for it, for errors.
+
+    Raises:
+        InputError: as ``make_hollow_model`` and ``fill_model``, under ``key``.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(kind, (ranks.size,))
+    with _errors_of(key):
+        model = make_hollow_model(path, dtype)
+        for layer in divided_layers(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        fill_model(model, path, ranks)
+    return model
+
+
+def check_divisible(path: str, dtype: Dtype, key: str) -> None:
+    """Checks what can be checked of ``load_divided_model`` by one process."""
+    with _errors_of(key):
+        make_hollow_model(path, dtype)
+
+
+@contextlib.contextmanager
+def _errors_of(key: str) -> Iterator[None]:
+    """Lets errors name another option than ``train.shard``."""
+    try:
+        yield
+    except InputError as error:
+        words = str(error).replace(f"{KEY}: must be none", f"{key}: must not be divided")
+        raise InputError(words.replace(f"{KEY}: full", f"{key}: divided")) from None
 
 
 def _check_dtypes(model: Any, dtype: torch.dtype) -> None:

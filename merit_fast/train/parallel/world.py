@@ -39,8 +39,8 @@ def require_one_process(command: str) -> None:
     """
     if world_size() > 1:
         raise InputError(
-            f"{command}: {SIZE} must be 1, got {world_size()}: only merit-fast train shares its "
-            "work among the processes of torchrun"
+            f"{command}: {SIZE} must be 1, got {world_size()}: only merit-fast train and sketch "
+            "share their work among the processes of torchrun"
         )
 
 
