@@ -181,7 +181,7 @@ def _choose_conversions(model: Any, files: Mapping[str, Path], path: str) -> Non
 def _check_names(model: nn.Module, files: Mapping[str, Path], path: str) -> None:
     """Checks that the files hold every run of every parameter, and nothing else."""
     runs = _runs_of_parameters(model)
-    known = set()
+    known: set[str] = set()
     for names in _names_of_parameters(model).values():
         for name in names:
             known |= runs[name].keys()
