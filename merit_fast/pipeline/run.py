@@ -17,7 +17,6 @@ from merit_fast.manifests.schemas import EvaluateManifest
 from merit_fast.manifests.stages import (
     AUDIT,
     EVALUATE,
-    MERGE,
     REPORT,
     SKETCH,
     SPLIT,
@@ -70,14 +69,7 @@ class Run:
         self.data = RunData(self.outputs, self.progress, writes=not dry_run)
         self.work = Work(self.outputs, self.data, self.progress)
         if "torch" in sys.modules:
-            self._set_threads()
-
-    def _set_threads(self) -> None:
-        """Gives torch its number of threads: before the first work, as it takes seconds to load."""
-        if self.config.threads is not None:
-            import torch
-
-            torch.set_num_threads(self.config.threads)
+            self.work.set_threads()
 
     # ---- stages
     def sketch(self) -> bool:
@@ -130,7 +122,7 @@ class Run:
         with joined_ranks() as ranks:
             self._settle_shard(ranks)
             if not ranks.leads:
-                self._set_threads()
+                self.work.set_threads()
                 follow_leader(self.outputs, self.data, ranks)
                 return False
             worked = self._train_all(ranks, only)
@@ -214,7 +206,7 @@ class Run:
         """
         from merit_fast.pipeline.preflight.checks import check_stages
 
-        self._set_threads()
+        self.work.set_threads()
         check_stages(self.outputs, self.data, stages)
 
     def all(self) -> dict[str, Any]:
@@ -270,19 +262,12 @@ class Run:
         """Fills ``path`` by ``work`` unless it is up to date; the rule of every stage."""
 
         def work_and_config(directory: Path) -> None:
-            if self._needs_torch(manifest.stage):
-                self._set_threads()
+            self.work.set_threads(manifest.stage)
             work(directory)
             write_run_config(self.config, directory / "config.yml")
 
         with self.claim():
             return self._upkeep.bring(path, manifest, work_and_config)
-
-    def _needs_torch(self, stage: str) -> bool:
-        """Whether a stage computes with torch; a report and a merge that is not tuned do not."""
-        if stage == MERGE.name:
-            return self.config.merge.is_tuned
-        return stage != REPORT.name
 
     def take(self, path: Path, manifest: StageManifest, whole: bool = True) -> None:
         """Makes ``path`` a copy of a finished output of the run's store, if it is not one yet.
