@@ -201,9 +201,12 @@ def different_files(first: dict[str, str], second: dict[str, str]) -> list[str]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """What every way cost and which files differ from the first way's, as Markdown."""
+    """What every way cost and which files differ from the first way's, as Markdown.
+
+    CPU seconds are those of the units, without the driver's.
+    """
     lines = [
-        "| way | wall s | CPU s without the driver | units | CPU s of a unit beyond one process | differs |",
+        "| way | wall s | CPU s | units | CPU s of a unit beyond one process | differs |",
         "|---|---|---|---|---|---|",
     ]
     first = next(iter(results.values()))
