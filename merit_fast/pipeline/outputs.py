@@ -1,7 +1,6 @@
 """Paths of a run's outputs, and the fingerprints that show whether they are current.
 
-A stage's fingerprint covers its options and its inputs. So config and files decide which stages
-have work to do, before anything heavy is imported.
+A stage's fingerprint covers its options and its inputs. To compare them imports nothing heavy.
 """
 
 import functools
