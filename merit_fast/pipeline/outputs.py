@@ -62,6 +62,7 @@ class Outputs:
         self.title = store.place.name if store else self.root.name  # the same on every machine
         self.base = resolve_model(config.model)
         self.records = Records(self.root, verify)
+        self.shard = config.train.shard  # "auto" until the processes of a training settle it
 
     def folder(self, stage: Stage) -> Path:
         """The folder of a stage's output."""

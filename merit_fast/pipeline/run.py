@@ -6,6 +6,7 @@ Stages meet only in files; ``outputs`` knows their paths and when they are up to
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,10 +66,33 @@ class Run:
 
     # ---- stages
     def sketch(self) -> bool:
-        if self.config.split.warmup:
-            self.warm_up()
-        folder = self.outputs.folder(SKETCH)
-        return self.bring_up_to_date(folder, self.outputs.sketch, self.work.sketch)
+        """Sketches the datasets; the processes that torchrun started share the passes."""
+        split = self.config.split
+        if world_size() == 1:
+            if split.warmup:
+                self.warm_up()
+            return self._sketch(None)
+        for key in ("warmup", "normalize"):
+            if getattr(split, key):
+                require_one_process(f"split.{key} {getattr(split, key)}")
+        from merit_fast.train.parallel.ranks import joined_ranks
+
+        with joined_ranks() as ranks:
+            if not ranks.leads:
+                while (message := ranks.tell(None)) is not None:
+                    self.work.sketch(Path(message[0]), ranks=ranks)
+                return False
+            worked = self._sketch(ranks)
+            ranks.tell(None)
+            return worked
+
+    def _sketch(self, ranks: "Ranks | None") -> bool:
+        def work(directory: Path) -> None:
+            if ranks is not None:
+                ranks.tell((str(directory),))
+            self.work.sketch(directory, ranks=ranks)
+
+        return self.bring_up_to_date(self.outputs.folder(SKETCH), self.outputs.sketch, work)
 
     def split(self) -> bool:
         folder = self.outputs.folder(SPLIT)
@@ -89,12 +113,31 @@ class Run:
         from merit_fast.train.parallel.ranks import joined_ranks
 
         with joined_ranks() as ranks:
+            self._settle_shard(ranks)
             if not ranks.leads:
                 follow_leader(self.outputs, self.data, ranks)
                 return False
             worked = self._train_all(ranks, only)
             ranks.tell(None)
             return worked
+
+    def _settle_shard(self, ranks: "Ranks") -> None:
+        """Lets the leader choose for all processes where ``train.shard`` is auto."""
+        from merit_fast.pipeline.preflight.memory import settle_shard
+        from merit_fast.pipeline.preflight.training import check_division
+
+        train = self.config.train
+        if train.shard != "auto":
+            return
+        settled = None
+        if ranks.leads:
+            settled = (settle_shard(self.outputs.base, train, self.progress.note),)
+        told = ranks.tell(settled)
+        assert told is not None
+        self.outputs.shard = "full" if told[0] == "full" else "none"
+        if self.outputs.shard == "full":
+            replace(train, shard="full")  # its rules
+            check_division(self.outputs.base, train)
 
     def warm_up(self) -> bool:
         """Trains the joint run before the sketch, where ``split.warmup`` asks for one."""

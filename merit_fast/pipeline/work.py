@@ -1,5 +1,6 @@
 """The work of every stage of a run, each in its output directory under its temporary name."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from merit_fast.report import split_lines
 
 if TYPE_CHECKING:
     from merit_fast.evaluate.models import EvaluationInputs
+    from merit_fast.sketch.divided.crew import Crew
     from merit_fast.train.parallel.ranks import Ranks
 
 
@@ -46,10 +48,12 @@ class Work:
         earlier: Sequence[Path] = (),
         only: str | None = None,
         share: tuple[int, int] | None = None,
+        ranks: "Ranks | None" = None,
     ) -> None:
         """Sketches all datasets, or ``only`` one, or a share (i, n) of its spans.
 
-        ``earlier``: finished outputs or parts; equal sums are taken from them.
+        ``earlier``: finished outputs or parts; equal sums are taken from them. ``ranks``: the
+        processes that sketch together; all of them call this.
         """
         from merit_fast.sketch import sketch_mixture
 
@@ -66,7 +70,22 @@ class Work:
             outputs.config.train.freeze,
             only=only,
             share=share,
+            crew=self._crew(ranks),
         )
+
+    def _crew(self, ranks: "Ranks | None") -> "Crew":
+        """The processes that share the passes of a sketch, and the model that they divide."""
+        from merit_fast.sketch.divided.crew import Crew
+
+        if ranks is None:
+            return Crew()
+        from merit_fast.train.parallel.load import load_divided_model
+
+        split = self.outputs.config.split
+        load = functools.partial(
+            load_divided_model, str(self.outputs.start), split.dtype, ranks, "split.memory"
+        )
+        return Crew(ranks.rank, ranks.size, load if split.memory == "divided" else None)
 
     def factors(self, directory: Path) -> None:
         """Collects K-FAC's factors of all datasets."""

@@ -77,10 +77,11 @@ class SketchConfig:
         "with normalize kfac: the damping, as a share of each parameter's mean eigenvalue [0.1]",
     )
 
-    memory: Literal["auto", "whole", "layers"] = option(
+    memory: Literal["auto", "whole", "layers", "divided"] = option(
         "auto",
         "whole: the model in memory; layers: one layer at a time, read from its files in every "
-        "pass; auto: layers if the model does not fit (does not change the sketch)",
+        "pass; divided: among the processes of torchrun (FSDP2); auto: layers if the model does "
+        "not fit (does not change the sketch)",
         omit_default=True,
     )
     span: int = option(
@@ -136,7 +137,7 @@ class SketchConfig:
             "a folder with normalize adam, and only then",
             self.optimizer,
         )
-        is_held = self.normalize == "adam" and self.memory == "layers"
+        is_held = self.normalize == "adam" and self.memory in ("layers", "divided")
         rule = "auto or whole with normalize adam, whose second moments are all in memory"
         require(not is_held, "memory", rule, self.memory)
         if self.damping is not None:

@@ -40,8 +40,7 @@ class GradientSketcher:
     it and one ``update`` go together; forward passes under ``torch.no_grad`` do not count. Linear,
     Conv1D (GPT-2), convolution and Embedding layers, norms and routed experts use the kernels, and
     so do raw calls of F.linear and F.embedding. Any other module takes a backward pass per example
-    from its own outputs; a parameter that is used outside of its module, one from those of the
-    model. On exit the model is as before.
+    from its own outputs; a parameter that is used outside of its module, one from the model's.
 
     The check compares, on the first pass of every kind of call (its arguments, train or eval, which
     sizes are equal), e = |s - S(g)| / |S(g)| for one example and for the sum over examples, where S
@@ -58,11 +57,8 @@ class GradientSketcher:
         scales: factors of the gradients' entries by parameter name (``adam_scales``).
         factors: K-FAC factors (``kfac_factors``), without ``scales``.
         blocks: blocks of each state; examples fill them in turn.
-        weight: "examples" or "tokens", as for ``sketch_gradients``.
         fingerprint: the model's, for the states; None: that of its weights in memory.
-        check: "first", "always" or "never", as for ``sketch_gradients``.
-        uncovered: "autograd" or "error", as for ``sketch_gradients``.
-        parts: part -> regular expression, as for ``sketch_gradients``.
+        weight, check, uncovered, parts: as for ``sketch_gradients``.
         collect_side: collects the second moments of gradients, with sides up to this length kept
             whole, instead of sketching (``FactorCollector``).
         notify: gets one line whenever there are more ``slow_parameters``; None: a warning.
@@ -137,6 +133,10 @@ class GradientSketcher:
         """Parameters that take a backward pass per example -> reason."""
         return dict(self._passes.uncovered.slow)
 
+    def add_slow(self, parameters: Mapping[str, str]) -> None:
+        """Lets parameters, with reasons, take a backward pass per example from now on."""
+        self._passes.uncovered.slow.update(parameters)
+
     @property
     def preconditioned(self) -> dict[str, str]:
         """Parameters -> how their gradients are multiplied: entries, or rows and columns."""
@@ -193,9 +193,7 @@ class GradientSketcher:
     def packed(self, cu_seqlens: Tensor) -> None:
         """Announces one packed row [1, N] of examples end to end for the next forward pass.
 
-        Every example's position_ids begin at 0.
-
-        A model that gets ``cu_seq_lens_q`` needs no announcement.
+        Every example's position_ids begin at 0. A model that gets ``cu_seq_lens_q`` needs none.
 
         Args:
             cu_seqlens: [B + 1] int: example b has the tokens cu_seqlens[b]..cu_seqlens[b + 1] - 1.
@@ -266,24 +264,28 @@ class GradientSketcher:
             NotFiniteError: an example's gradient holds NaN or infinity. The states are as before.
         """
         examples = UpdatedExamples.of(dataset_ids, loss_sums, num_target_tokens, blocks)
-        ids = examples.dataset_ids
-        num_rows = len(ids) if self._passes.run is None else self._passes.run.size
-        examples.check(num_rows, row_examples, self.weight, self.blocks)
-        weights = examples.num_target_tokens if self.weight == "tokens" else ()
-        sketches = self._take(row_examples, weights)
-        require_finite(sketches.whole, ids)
-        for dataset in dict.fromkeys(ids):
-            state, of_parts = self.states_of(dataset)
-            examples.add_to(state, sketches.whole, dataset)
-            for part, of_part in of_parts.items():
-                examples.add_to(of_part, sketches.parts[part], dataset)
+        sketches = self.take_for(examples, row_examples)
+        self.add(examples, sketches)
         return sketches.whole
 
-    def sum_over_processes(self, group: Any = None) -> tuple[States, dict[str, States]]:
-        """Returns sums of ``state`` and ``part_state`` over processes: the same bits in each.
+    def take_for(
+        self, examples: UpdatedExamples, row_examples: Sequence[int] | None = None
+    ) -> Sketches:
+        """Ends the pass of some examples as ``update`` does, but adds nothing to the states."""
+        size = len(examples.dataset_ids) if self._passes.run is None else self._passes.run.size
+        examples.check(size, row_examples, self.weight, self.blocks)
+        weights = examples.num_target_tokens if self.weight == "tokens" else ()
+        return self._take(row_examples, weights)
 
-        Raises:
-            MeritFastError: there is no process group, or the models or parameters differ.
+    def add(self, examples: UpdatedExamples, sketches: Sketches) -> None:
+        """Adds examples to their datasets' states; raises NotFiniteError before it adds any."""
+        require_finite(sketches.whole, examples.dataset_ids)
+        examples.add_all(sketches, self.states_of)
+
+    def sum_over_processes(self, group: Any = None) -> tuple[States, dict[str, States]]:
+        """Returns ``state`` and ``part_state`` summed over processes, with the same bits in each.
+
+        Raises MeritFastError if there is no process group, or models or parameters differ.
         """
         parts = {part: summed_states(states, group) for part, states in self.part_state.items()}
         return summed_states(self.state, group), parts

@@ -6,14 +6,14 @@ sums depend on the rows of all datasets too.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from merit_fast.data import Dataset
 from merit_fast.kernels.sketch import CountSketch
+from merit_fast.manifests.sketch_check import merged_checks
 from merit_fast.model import freeze_parameters
 from merit_fast.model.layered.choose import load_model_for
 from merit_fast.progress import Progress, Task
@@ -21,6 +21,7 @@ from merit_fast.row_store.identity import StoreIdentity
 from merit_fast.row_store.reuse import has_rows, reuse_rows
 from merit_fast.row_store.writer import ROWS_FOLDER, RowWriter
 from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.divided.crew import ONE_PROCESS, Crew
 from merit_fast.sketch.mixture.dataset import ERROR_RATE, FIRST_LOOK, DatasetSketcher
 from merit_fast.sketch.mixture.drawing import DrawnDataset, DrawnMixture, draw_mixture
 from merit_fast.sketch.mixture.files import write_states
@@ -28,6 +29,7 @@ from merit_fast.sketch.mixture.multipliers import Multipliers, keep_factors, sta
 from merit_fast.sketch.mixture.reuse import has_states, record_state, reuse_states
 from merit_fast.sketch.mixture.sampling import check_blocks, describe_signal
 from merit_fast.sketch.mixture.spans import Spans, remove_spans
+from merit_fast.sketch.mixture.work import Job, SketchWork, job_at, jobs_of
 from merit_fast.sketch.passes.parts import describe_rest
 from merit_fast.sketch.selection import select_parameters
 from merit_fast.sketch.sketcher import GradientSketcher
@@ -46,6 +48,7 @@ def sketch_mixture(  # noqa: PLR0913
     factors: Path | None = None,
     only: str | None = None,
     share: tuple[int, int] | None = None,
+    crew: Crew = ONE_PROCESS,
 ) -> None:
     """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
@@ -67,6 +70,8 @@ def sketch_mixture(  # noqa: PLR0913
             all.
         share: (i, n), with ``only``: sketch every n-th span of that dataset from the i-th on, for a
             later call that gets ``directory`` in ``earlier``; none where it has one span only.
+        crew: the processes that all call this, with equal arguments, and share the passes. The
+            files have the bytes of one process; the first one writes them.
 
     Raises:
         InputError: a dataset of one example, or of too few rows that no other dataset has; a part
@@ -87,17 +92,19 @@ def sketch_mixture(  # noqa: PLR0913
         freeze,
         factors,
         () if only is None else tuple(earlier),
+        crew,
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    keep_factors(config, mixture.multipliers, directory, earlier if only is None else ())
+    if crew.leads:
+        directory.mkdir(parents=True, exist_ok=True)
+        keep_factors(config, mixture.multipliers, directory, earlier if only is None else ())
     if only is not None:
         mixture = mixture.only(only)
     if share is not None:
         _sketch_share(work, mixture.datasets[0], share, earlier)
         return
-    missing = _reuse(mixture, config, directory, progress, earlier)
-    _sketch_datasets(work, [(drawn, _jobs_of(work, drawn, earlier)) for drawn in missing])
-    remove_spans(directory)
+    _sketch_datasets(work, _todo(work, mixture, earlier))
+    if crew.leads:
+        remove_spans(directory)
 
 
 def collect_factors(  # noqa: PLR0913
@@ -127,29 +134,22 @@ def collect_factors(  # noqa: PLR0913
     _multipliers(work, model, parameters)
 
 
-@dataclass(frozen=True)
-class SketchWork:
-    """The arguments of ``sketch_mixture`` that every dataset shares; ``mixture`` is the whole."""
-
-    model_path: str
-    model_fingerprint: str
-    pad_token_id: int
-    config: SketchConfig
-    directory: Path
-    progress: Progress
-    mixture: DrawnMixture
-    freeze: Sequence[str] | None
-    factors: Path | None = None
-    with_factors: Sequence[Path] = ()  # outputs that may hold the factors, which stay there
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Examples that are summed in one go, and folder and name of their files."""
-
-    drawn: DrawnDataset
-    folder: Path
-    name: str
+def _todo(
+    work: SketchWork, mixture: DrawnMixture, earlier: Sequence[Path]
+) -> list[tuple[DrawnDataset, list[Job]]]:
+    """Datasets without known sums, as the first process finds them, and the work on each."""
+    todo: list[tuple[DrawnDataset, list[Job]]] = []
+    if work.crew.leads:
+        missing = _reuse(mixture, work.config, work.directory, work.progress, earlier)
+        todo = [(drawn, jobs_of(work, drawn, earlier)) for drawn in missing]
+    if work.crew.size == 1:
+        return todo
+    places = [(drawn.name, [job.place for job in jobs]) for drawn, jobs in todo]
+    by_name = {drawn.name: drawn for drawn in mixture.datasets}
+    return [
+        (by_name[name], [job_at(work, *place) for place in spans])
+        for name, spans in work.crew.exchange(places)[0]
+    ]
 
 
 def _reuse(
@@ -176,7 +176,7 @@ def _reuse(
     return [drawn for drawn in mixture.datasets if drawn.name not in kept | reused]
 
 
-def _sketch_datasets(work: SketchWork, todo: Sequence[tuple[DrawnDataset, list[_Job]]]) -> None:
+def _sketch_datasets(work: SketchWork, todo: Sequence[tuple[DrawnDataset, list[Job]]]) -> None:
     """Sketches datasets, and adds up the spans of each; without any work no model is loaded."""
     num_examples = sum(len(job.drawn.indices) for _, jobs in todo for job in jobs)
     with contextlib.ExitStack() as stack:
@@ -185,7 +185,7 @@ def _sketch_datasets(work: SketchWork, todo: Sequence[tuple[DrawnDataset, list[_
             for job in jobs:
                 assert opened is not None
                 _do(work, job, *opened)
-            if drawn.num_spans > 1:
+            if drawn.num_spans > 1 and work.crew.leads:
                 Spans(drawn, work.directory, work.config).add_up()
 
 
@@ -202,29 +202,11 @@ def _sketch_share(
     if is_known or drawn.num_spans == 1 or not numbers:
         work.progress.note(f"sketch: {drawn.name}: has no span that share {number} must sketch")
         return
-    jobs = _jobs_of(work, drawn, earlier, numbers)
+    jobs = jobs_of(work, drawn, earlier, numbers)
     if jobs:
         with _passes(work, sum(len(job.drawn.indices) for job in jobs)) as (passes, task):
             for job in jobs:
                 _do(work, job, passes, task)
-
-
-def _jobs_of(
-    work: SketchWork,
-    drawn: DrawnDataset,
-    earlier: Sequence[Path],
-    chosen: Collection[int] | None = None,
-) -> list[_Job]:
-    """The work on one dataset: itself, or its ``chosen`` spans that are not known (None: all)."""
-    if drawn.num_spans == 1:
-        return [_Job(drawn, work.directory, drawn.name)]
-    spans = Spans(drawn, work.directory, work.config)
-    known = spans.reuse(earlier)
-    if known:
-        count = f"{len(known)} of {drawn.num_spans}"
-        work.progress.note(f"sketch: {drawn.name}: {count} spans are there already")
-    numbers = range(drawn.num_spans) if chosen is None else sorted(chosen)
-    return [_Job(*spans.place(number)) for number in numbers if number not in known]
 
 
 @contextlib.contextmanager
@@ -252,16 +234,23 @@ def _passes(work: SketchWork, num_examples: int) -> Iterator[tuple[DatasetSketch
     ):
         if rest := describe_rest(config.parts or {}, parameters):
             work.progress.note(rest)
-        yield DatasetSketcher(model, sketcher, work.pad_token_id, config), task
+        yield DatasetSketcher(model, sketcher, work.pad_token_id, config, work.crew), task
 
 
 def _loaded_model(work: SketchWork) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """The model, and the parameters that are sketched, by name."""
     config = work.config
-    memory = "whole" if config.normalize == "adam" else config.memory
-    model = load_model_for(
-        work.model_path, config.dtype, memory, lambda line: work.progress.note(f"sketch: {line}")
-    )
+    if work.crew.load is not None:
+        model = work.crew.load()
+    else:
+        memory = "auto" if config.memory == "divided" else config.memory  # one process only
+        memory = "whole" if config.normalize == "adam" else memory
+        model = load_model_for(
+            work.model_path,
+            config.dtype,
+            memory,
+            lambda line: work.progress.note(f"sketch: {line}"),
+        )
     freeze_parameters(model, work.freeze)
     return model, select_parameters(model, config.parameters)
 
@@ -282,18 +271,20 @@ def _multipliers(
     )
 
 
-def _do(work: SketchWork, job: _Job, passes: DatasetSketcher, task: Task) -> None:
+def _do(work: SketchWork, job: Job, passes: DatasetSketcher, task: Task) -> None:
     """Sketches examples and writes their rows, sums and record."""
     config = work.config
     store = None
-    if config.store:
+    if config.store and work.crew.leads:
         identity = StoreIdentity.of(passes.sketcher.identity, config.store_dim)
         store = RowWriter(job.folder / ROWS_FOLDER / job.name, identity, job.drawn.stored)
     state, of_parts = passes.sketch(job.drawn, task, store)
     if store is not None:
         store.finish()
+    checked = merged_checks(work.crew.exchange(passes.sketcher.checked))
+    if not work.crew.leads:
+        return
     write_states(job.folder, job.name, state, of_parts)
-    checked = passes.sketcher.checked
     record_state(job.folder, job.name, job.drawn.sums, checked, tuple(of_parts))
     if config.precision:
         signal = describe_signal(state, len(job.drawn.indices), first=FIRST_LOOK)

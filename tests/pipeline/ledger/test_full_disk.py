@@ -8,6 +8,7 @@ import pytest
 
 from merit_fast.errors import InputError, MeritFastError, no_space, write_error
 from merit_fast.manifests.atomic import write_text
+from merit_fast.pipeline.units.journal import JOURNAL, read_histories, write_event
 
 
 @pytest.fixture
@@ -46,3 +47,17 @@ def test_a_full_disk_is_no_bad_input(number):
     assert type(denied) is InputError
     assert str(denied) == "out/a: cannot be written: Permission denied"
     assert no_space(ValueError("no space is left")) is None
+
+
+def test_half_a_line_of_the_journal_costs_no_other_one(tmp_path, small_files):
+    """A full disk, or the death of the driver, ends it in the middle."""
+    folder = tmp_path / "units"
+    folder.mkdir()
+    write_event(folder, {"event": "end", "unit": "split", "code": 1, "host": "a"})
+    with pytest.raises(OSError, match="units.jsonl'$"):
+        write_event(folder, {"event": "end", "unit": "x" * 5000, "code": 0})
+    with (folder / JOURNAL).open("r+b") as file:
+        file.truncate(200)
+    write_event(folder, {"event": "end", "unit": "split", "code": 0, "host": "b"})
+    histories = read_histories(tmp_path)
+    assert list(histories) == ["split"] and histories["split"].host == "b"
