@@ -1,10 +1,12 @@
 """One run by every executor: whether all give the same bytes, and what the division costs.
 
-    python -m bench.launch.executors DIR [--vision] [--way one --way local ...] [--json]
+    python -m bench.launch.executors DIR [--vision | --run CONFIG.yml] [--way one ...] [--json]
 
-Runs the quick demo, or the run on images of ``bench.vision`` with 40 rows a task and one epoch: in
-one process, by units of `local`, by units on two nodes of Ray on this machine, and by units of
-submitit's local jobs. All of them compute with one thread. A finished way is not run again.
+Runs the quick demo, the run on images of ``bench.vision`` with 40 rows a task and one epoch, or a
+run of your own, whose paths must be absolute: in one process, by units of `local`, by units on two
+nodes of Ray on this machine, by units of submitit's local jobs, and on a cluster of Ray whose head
+is killed after three units, so that the same command has to go to a new one. All compute with one
+thread. A finished way is not run again.
 
 Compares the hash of every file. Of JSON files that hold seconds, the hash is of the rest; the
 ledger, stage.json, the page and the timings hold seconds, times or hashes of such files, and are
@@ -20,20 +22,21 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from merit_fast.execution.drive import JOURNAL
 from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.manifests.locks import LOCKS_FOLDER
+from merit_fast.pipeline.units.journal import JOURNAL
 
 _NOT_COMPARED = ("timing.json", "report.html", "arms.csv", "run.json", "stage.json")
 _NO_RESULT = (UNITS_FOLDER, "tokens", LOCKS_FOLDER)
-_MEASURED = re.compile(r"(^|_)(s|seconds|mib|per_s)$")  # keys of JSON that hold no result
+_MEASURED = re.compile(r"(^|_)(s|seconds|per_s|memory_bytes)$")  # keys of JSON, and columns
+_HEAD_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _UNITS = ["--unit-threads", "1", "--workers", "2"]
 
 
@@ -62,19 +65,28 @@ def local_flags() -> Iterator[list[str]]:
 
 
 @contextmanager
-def ray_flags() -> Iterator[list[str]]:
+def ray_cluster() -> Iterator[Any]:
     """Two nodes of one core each, in processes of this machine."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
+    os.environ |= {"RAY_AUTH_MODE": "disabled", _HEAD_PATIENCE: "10"}  # read when ray is imported
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
-        address = f"address={cluster.address}"
-        yield ["--executor", "ray", *_UNITS, "--executor-option", address]
+        yield cluster
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+def flags_of(cluster: Any) -> list[str]:
+    return ["--executor", "ray", *_UNITS, "--executor-option", f"address={cluster.address}"]
+
+
+@contextmanager
+def ray_flags() -> Iterator[list[str]]:
+    with ray_cluster() as cluster:
+        yield flags_of(cluster)
 
 
 @contextmanager
@@ -87,6 +99,7 @@ WAYS: dict[str, Callable[[], Any]] = {
     "local": local_flags,
     "ray": ray_flags,
     "submitit": submitit_flags,
+    "ray-head": ray_flags,  # after a first cluster that has lost its head
 }
 
 
@@ -100,17 +113,31 @@ def run_way(folder: Path, source: Path, way: str) -> dict[str, Any]:
     values = yaml.safe_load(source.read_text())
     file = place / "run.yml"
     file.write_text(yaml.safe_dump(values | {"output": str(place / "out"), "threads": 1}))
+    words = [sys.executable, "-m", "merit_fast", "run", str(file), "--json"]
+    if way == "ray-head":
+        lose_head(words, place)
     with WAYS[way]() as flags, (place / "log").open("ab") as log:
-        words = [sys.executable, "-m", "merit_fast", "run", str(file), "--json", *flags]
         before = _children_s()
         begin = time.perf_counter()
-        subprocess.run(words, check=True, stdout=log, stderr=log)
+        subprocess.run([*words, *flags], check=True, stdout=log, stderr=log)
         seconds = time.perf_counter() - begin
         cpu_s = _children_s() - before
     units = unit_costs(place / "out")
     cost: dict[str, Any] = {"wall_s": round(seconds, 1), "cpu_s": round(cpu_s, 1), "units": units}
     result.write_text(json.dumps(cost))
     return cost
+
+
+def lose_head(words: Sequence[str], place: Path) -> None:
+    """Drives a run until three units are done, kills the cluster's head, waits for the driver."""
+    with ray_cluster() as cluster, (place / "log").open("ab") as log:
+        driver = subprocess.Popen([*words, *flags_of(cluster)], stdout=log, stderr=log)
+        while len(unit_costs(place / "out")) < 3:
+            assert driver.poll() is None, f"the driver has ended; {place}/log"
+            time.sleep(0.5)
+        cluster.head_node.all_processes["gcs_server"][0].process.kill()
+        code = driver.wait(timeout=120)
+        assert code != 0, "the driver has not seen that the head is gone"
 
 
 def _children_s() -> float:
@@ -155,6 +182,10 @@ def _result_bytes(file: Path) -> bytes:
 
 
 def _without_measures(value: Any) -> Any:
+    if isinstance(value, dict) and {"columns", "rows"} <= value.keys():
+        columns = value["columns"]
+        rows = [dict(zip(columns, row, strict=True)) for row in value["rows"]]
+        return [_without_measures(row) for row in rows]
     if isinstance(value, dict):
         kept = {key: part for key, part in value.items() if not _MEASURED.search(key)}
         return {key: _without_measures(part) for key, part in kept.items()}
@@ -187,17 +218,26 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, f"{first['files']} files are compared"])
 
 
+def source_of(folder: Path, vision: bool, run: Path | None) -> tuple[Path, Path]:
+    """The folder of all ways, and the run's YAML, which is made unless it is there."""
+    if run is not None:
+        return folder / run.stem, run.resolve()
+    folder = folder / ("vision" if vision else "demo")
+    source = folder / "source" / ("run.yml" if vision else "demo.yml")
+    if not source.exists():
+        (write_vision_run if vision else write_demo_run)(source.parent)
+    return folder, source
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--vision", action="store_true", help="the run on images")
+    parser.add_argument("--run", type=Path, metavar="CONFIG.yml", help="a run of your own")
     parser.add_argument("--way", action="append", choices=tuple(WAYS), help="default: all")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    folder = arguments.folder.resolve() / ("vision" if arguments.vision else "demo")
-    source = folder / "source" / ("run.yml" if arguments.vision else "demo.yml")
-    if not source.exists():
-        (write_vision_run if arguments.vision else write_demo_run)(source.parent)
+    folder, source = source_of(arguments.folder.resolve(), arguments.vision, arguments.run)
     results: dict[str, dict[str, Any]] = {}
     expected: dict[str, str] = {}
     for way in arguments.way or WAYS:

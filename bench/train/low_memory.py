@@ -7,8 +7,9 @@ A Llama of two layers and 64 columns learns the words of the Markdown files unde
 words have an id of their own. With ``--model`` all weights of that folder's model are trained on
 the tokens of these files instead. Each seed chooses the order of the batches, and the start of the
 small Llama. All runs of a seed begin with the same bf16 numbers and see the same batches. The loss
-is the mean over the last tenth of the steps; its noise is the spread over the seeds. ``--noise``
-adds a second fp32 run whose batches are split in two: it differs from the first only by rounding.
+is the mean over the last tenth of the steps; its noise is the spread over the seeds. ``--runs 2``
+leaves out the weights without a master; ``--runs 4`` adds a second fp32 run whose batches are split
+in two: it differs from the first only by rounding.
 """
 
 import argparse
@@ -121,15 +122,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, default=Path("docs"))
     parser.add_argument("--model", type=Path, help="folder of a model; absent: the small Llama")
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
-    parser.add_argument("--noise", action="store_true", help="a second fp32 run too")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=3, choices=(2, 3, 4))
     options = parser.parse_args(arguments)
-    names = [name for name in RUNS if options.noise or "micro" not in name]
+    names = list(RUNS)[: options.runs]
     text = options.text
     words = tokens_of(text, options.model) if options.model else words_of(text)
     report: dict[str, Any] = {**machine(), "torch": torch.__version__, "steps": options.steps}
     report["rate"] = options.rate
     losses: dict[str, list[float]] = {name: [] for name in names}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in names:
             losses[name].append(round(train(name, words, seed, options), 4))
             difference = losses[name][-1] - losses["fp32"][-1]

@@ -127,7 +127,7 @@ def add_executor_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--unit-limit", metavar="TIME", help=help)
     help = (
-        "of the executor: address of Ray; cluster and the options of submitit, such as "
+        "of the executor: address of Ray; cluster, folder and the options of submitit, such as "
         "slurm_partition; repeat for each"
     )
     add("--executor-option", action="append", metavar="KEY=VALUE", help=help)
@@ -146,6 +146,7 @@ def check_executor_flags(arguments: argparse.Namespace) -> None:
         "--unit-gpus": arguments.unit_gpus,
     }
     given = {**numbers, "--executor-option": arguments.executor_option}
+    given |= {"--storage": arguments.storage, "--scratch": arguments.scratch}
     given |= {"--unit-limit": arguments.unit_limit}
     for flag, value in given.items():
         if value is not None and arguments.executor is None:

@@ -1,8 +1,10 @@
 """The commands `status` and `clean`: the outputs of a run, and the removal of those not needed."""
 
 import argparse
+import functools
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +15,12 @@ from merit_fast.progress import SilentProgress
 from merit_fast.units import human_bytes, human_time
 
 if TYPE_CHECKING:
+    from merit_fast.merge.read.remote import Location
     from merit_fast.pipeline.config import RunConfig
     from merit_fast.pipeline.kept.status import OutputStatus
     from merit_fast.pipeline.units.states import UnitState
+
+    Remove = Callable[[Sequence[OutputStatus]], list[OutputStatus]]
 
 
 def add_status(parser: Parser) -> Work:
@@ -27,16 +32,18 @@ def add_status(parser: Parser) -> Work:
 
 def add_clean(parser: Parser) -> Work:
     """Adds the arguments of `clean`."""
-    _add_inputs(parser)
+    _add_inputs(parser, nargs="*")
+    help = "a store of outputs in place of RUN: attempts that died more than a day ago"
+    parser.add_argument("--storage", metavar="URL", help=help)
     parser.add_argument("--dry-run", action="store_true", help="list the folders, remove nothing")
     parser.add_argument("--yes", action="store_true", help="remove without asking")
     return _clean
 
 
-def _add_inputs(parser: Parser) -> None:
+def _add_inputs(parser: Parser, nargs: str = "+") -> None:
     form = "RUN | CONFIG.yml [SECTION.KEY=VALUE ...]"
     help = "the output of a run; or its YAML file and values that override its keys"
-    parser.add_positional("inputs", form, help, nargs="+")
+    parser.add_positional("inputs", form, help, nargs=nargs)
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -84,10 +91,7 @@ def unit_lines(states: "list[UnitState]") -> list[str]:
 
 
 def _clean(arguments: argparse.Namespace) -> None:
-    from merit_fast.pipeline.kept.clean import removable, remove
-
-    root, _, rows = _read(arguments.inputs, verify=False)
-    rows = removable(rows)
+    root, rows, remove = _removable(arguments)
     total = sum(row.num_bytes for row in rows)
     if not arguments.as_json:
         for line in _table(rows):
@@ -98,13 +102,32 @@ def _clean(arguments: argparse.Namespace) -> None:
     if not arguments.yes and not _agreed(root, total):
         print(f"{root}: nothing was removed")
         return
-    gone = remove(root, rows)
+    gone = remove(rows)
     freed = sum(row.num_bytes for row in gone)
     kept = [row for row in rows if row not in gone]
     _report(arguments, root, gone, f"freed {human_bytes(freed)}", kept)
 
 
-def _agreed(root: Path, total: int) -> bool:
+def _removable(
+    arguments: argparse.Namespace,
+) -> "tuple[Location, list[OutputStatus], Remove]":
+    """What can be removed from a run or a store, and the function that removes it."""
+    if arguments.storage is None:
+        from merit_fast.pipeline.kept.clean import removable, remove
+
+        root, _, rows = _read(arguments.inputs, verify=False)
+        return root, removable(rows), functools.partial(remove, root)
+    if arguments.inputs:
+        raise InputError(f"command line: clean: {arguments.inputs[0]}: does not go with --storage")
+    from merit_fast.pipeline.kept.attempts import dead_attempts, remove_attempts
+    from merit_fast.pipeline.storage.place import open_place
+    from merit_fast.pipeline.storage.store import OutputStore
+
+    store = OutputStore(open_place(arguments.storage))
+    return store.place, dead_attempts(store), functools.partial(remove_attempts, store)
+
+
+def _agreed(root: "Location", total: int) -> bool:
     if not sys.stdin.isatty():
         raise InputError(
             "command line: clean: asks on a terminal only; --yes removes these folders"
@@ -117,7 +140,7 @@ def _agreed(root: Path, total: int) -> bool:
 
 def _report(
     arguments: argparse.Namespace,
-    root: Path,
+    root: "Location",
     gone: "list[OutputStatus]",
     sentence: str,
     kept: "list[OutputStatus]",

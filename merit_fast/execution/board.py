@@ -45,11 +45,13 @@ class Board:
         """Looks at the outputs again, after the unit ``ended``."""
         if ended in _CHANGES_THE_PLAN:
             self._data = self._make_data()
+        self._look()
         self.units = list_units(self.outputs, self._data.rows if self._has_shares else None)
         self.missing = missing_units(self.units, self.outputs)
 
     def is_done(self, name: str) -> bool:
         """Whether the output of a unit is finished, by its files."""
+        self._look()
         return is_done(self.units[name], self.outputs)
 
     def host(self, name: str) -> str:
@@ -66,6 +68,20 @@ class Board:
             for name, unit in self.missing.items()
             if name not in busy and not any(other in self.missing for other in unit.before)
         ]
+
+    def _look(self) -> None:
+        """Asks the run's store, if it has one, which outputs are finished now.
+
+        Another driver may have finished the split, which is then copied.
+        """
+        outputs = self.outputs
+        if outputs.store is None:
+            return
+        outputs.store.look()
+        folder = outputs.folder(SPLIT)
+        is_here = outputs.records.check(folder, outputs.split.fingerprint).is_current
+        if not is_here and outputs.is_finished(folder, outputs.split):
+            self._data = self._make_data()
 
     @property
     def counts(self) -> Counts:

@@ -53,7 +53,8 @@ class Ended:
         code: exit code; 2: bad input; negative: the number of the signal that killed it.
         host: the machine.
         text: the last line that it has added to its log, or why there is none.
-        answer: its JSON: worked, seconds, read_bytes, written_bytes; empty if it failed.
+        answer: its JSON: worked, seconds, read_bytes, written_bytes, with a store downloaded_bytes
+            and uploaded_bytes; empty if it failed.
     """
 
     unit: str
@@ -68,22 +69,28 @@ class Ended:
 
 
 def unit_command(
-    unit: str, config: Path, log: Path, threads: int | None, processes: int = 1
+    unit: str,
+    config: Path | str,
+    log: Path,
+    threads: int | None,
+    processes: int = 1,
+    storage: tuple[str, ...] = (),
 ) -> UnitCommand:
     """The command that does a unit.
 
     Args:
         unit: its name.
-        config: the run's resolved YAML.
+        config: the run's resolved YAML; in a store its URL.
         log: file for its messages.
         threads: CPU threads of torch; None: as many as torch takes.
         processes: of a training, started by torchrun; other units have one.
+        storage: words of the command that name the run's store and the folder for copies.
     """
     python: tuple[str, ...] = (sys.executable,)
     if processes > 1 and is_training(unit):
         count = ("--nproc-per-node", str(processes))
         python += ("-m", "torch.distributed.run", "--standalone", *count)
-    words = (*python, "-m", "merit_fast", "unit", str(config), unit, "--json")
+    words = (*python, "-m", "merit_fast", "unit", str(config), unit, "--json", *storage)
     if threads is not None:
         words += ("--threads", str(threads))
     return UnitCommand(unit, words, str(log))

@@ -7,7 +7,7 @@ on any machine; units that still run are waited for by their locks.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +18,11 @@ from merit_fast.execution.view import View, has_table, shown
 from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.pipeline.config import RunConfig, write_run_config
 from merit_fast.pipeline.data import RunData
-from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.run import Run
+from merit_fast.pipeline.storage.store import OutputStore
 from merit_fast.pipeline.units.journal import write_event
 from merit_fast.pipeline.units.listing import CONFIG_FILE
+from merit_fast.pipeline.units.stored import take_plan, take_results
 from merit_fast.progress import Progress
 from merit_fast.units import human_bytes, human_time
 
@@ -63,10 +64,13 @@ def drive(
     *,
     verify: bool = False,
     retries: int = RETRIES,
+    store: OutputStore | None = None,
 ) -> dict[str, Any]:
     """Checks a whole run, lets ``executor`` do its units, and returns ``Run.summary()``.
 
     A unit that dies is started again, ``retries`` times. Bad input ends the run at once.
+    ``store``: units meet there, the config's ``output`` is each machine's folder for copies, and
+    what the summary reads is copied at the end.
 
     Raises:
         LockedError: a process works in the output with another config.
@@ -74,7 +78,9 @@ def drive(
             their work kept.
     """
     with _stopped_at_the_end(executor):
-        run = Run(config, progress, command, verify=verify)
+        run = Run(config, progress, command, verify=verify, store=store)
+        if store is not None:
+            take_plan(run)
         run.preflight()
         with run.claim():  # units of another config would read this one's file
             folder = Path(config.output) / UNITS_FOLDER
@@ -84,11 +90,38 @@ def drive(
             several = executor.workers is None or executor.workers > 1
 
             def make_data() -> RunData:
-                return RunData(Outputs(settled, command, verify), progress)
+                fresh = Run(settled, progress, command, verify=verify, store=store)
+                if store is not None:
+                    take_plan(fresh)
+                return fresh.data
 
             board = Board(make_data, has_shares=several)
-            Driver(board, executor, progress, folder, retries).run()
-            return Run(config, progress, command).summary()
+            files = None if store is None else _stored_files(folder, store)
+            Driver(board, executor, progress, folder, retries, files).run()
+            run = Run(config, progress, command, store=store)
+            if store is not None:
+                take_results(run)
+            return run.summary()
+
+
+@dataclass(frozen=True)
+class UnitFiles:
+    """The words of every unit's command that say where its files lie.
+
+    Attributes:
+        config: the run's resolved YAML: its path, or its URL in a store.
+        storage: the store and each machine's folder for copies; () without a store.
+    """
+
+    config: Path | str
+    storage: tuple[str, ...] = ()
+
+
+def _stored_files(folder: Path, store: OutputStore) -> UnitFiles:
+    """Sends the config to the store, for units that see no file of this machine."""
+    config = store.put_config((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    scratch = str(folder.parent.absolute())
+    return UnitFiles(str(config), ("--storage", str(store.place), "--scratch", scratch))
 
 
 class Driver:
@@ -100,16 +133,24 @@ class Driver:
         progress: gets a note for each, or shows a table.
         folder: for the journal and the logs.
         retries: times that a unit that dies is started again.
+        files: where the units' files lie; None: on a disk that all machines share.
     """
 
     def __init__(
-        self, board: Board, executor: Executor, progress: Progress, folder: Path, retries: int
+        self,
+        board: Board,
+        executor: Executor,
+        progress: Progress,
+        folder: Path,
+        retries: int,
+        files: UnitFiles | None = None,
     ) -> None:
         self.board = board
         self.executor = executor
         self.progress = progress
         self.folder = folder
         self.retries = retries
+        self.files = files or UnitFiles(folder / CONFIG_FILE)
         self.running: dict[str, float] = {}  # unit -> its start
         self.failures: dict[str, int] = {}
 
@@ -136,10 +177,11 @@ class Driver:
             log = self.folder / "logs" / f"{name.replace('/', '.')}.log"
             command = unit_command(
                 name,
-                self.folder / CONFIG_FILE,
+                self.files.config,
                 log,
                 self.executor.threads,
                 self.executor.processes,
+                self.files.storage,
             )
             self.running[name] = time.monotonic()
             write_event(self.folder, {"event": "start", "unit": name})
@@ -184,9 +226,13 @@ class Driver:
         counts = self.board.counts
         answer = result.answer or {}
         moved = answer.get("read_bytes", 0) + answer.get("written_bytes", 0)
+        copied = ""
+        if "downloaded_bytes" in answer:
+            down = human_bytes(answer["downloaded_bytes"])
+            copied = f", {down} downloaded, {human_bytes(answer['uploaded_bytes'])} uploaded"
         return (
             f"{result.unit}: done in {human_time(seconds)} on {result.host}, "
-            f"{human_bytes(moved)} moved; {counts.done} of {counts.total} units"
+            f"{human_bytes(moved)} moved{copied}; {counts.done} of {counts.total} units"
         )
 
 

@@ -45,6 +45,10 @@ class UnitProcess:
         os.set_blocking(self._pipe.fileno(), False)
         self.is_closed = False  # its output; a child of a dead unit may hold it open
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def fileno(self) -> int:
         """The descriptor of its output."""
         return self._pipe.fileno()

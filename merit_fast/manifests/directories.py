@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, write_error
 from merit_fast.manifests.atomic import fsync_path, link_file, write_text
 from merit_fast.manifests.hashes import compare_files, record_files
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, write_manifest
@@ -58,6 +58,36 @@ def output_directory(
         finish_directory(temporary, path, manifest, fsync, keep_old)
 
 
+@contextlib.contextmanager
+def copied_directory(
+    path: Path, stage_text: str, fingerprint: str, keep_old: Path | None = None
+) -> Iterator[Path]:
+    """Yields ``path.tmp`` to fill with a copy of a finished output, then renames it to ``path``.
+
+    Files that the copy's stage.json does not name are removed from ``path.tmp``: a stage that was
+    killed here may have left some.
+
+    Args:
+        path: the output.
+        stage_text: stage.json of the output, which the copy gets word for word.
+        fingerprint: the output's.
+        keep_old: as in ``output_directory``.
+
+    Raises:
+        LockedError: another process owns the output.
+        InputError: see ``begin_directory``.
+    """
+    with own_directory(path, fingerprint):
+        temporary = begin_directory(path, fingerprint)
+        yield temporary
+        write_text(temporary / STAGE_FILE, stage_text)
+        named = {STAGE_FILE, *read_manifest(StageManifest, temporary / STAGE_FILE).files}
+        for file in list(temporary.rglob("*")):
+            if file.is_file() and file.relative_to(temporary).as_posix() not in named:
+                file.unlink()
+        commit_directory(temporary, path, keep_old=keep_old)
+
+
 def own_directory(path: Path, fingerprint: str) -> contextlib.AbstractContextManager[None]:
     """Makes this process the only one that may write or rename ``path`` and ``path.tmp``.
 
@@ -92,7 +122,7 @@ def begin_directory(
                 write_text(marker, fingerprint, fsync)
                 (temporary / STAGE_FILE).unlink(missing_ok=True)  # of the other fingerprint
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        raise write_error(path, error) from None
     return temporary
 
 

@@ -1,11 +1,14 @@
 """Ray and submitit run unit commands: results, deaths of workers and nodes, interruptions."""
 
+import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.paths import TESTS
 
 from merit_fast.execution.command import UnitCommand
 
@@ -164,6 +167,13 @@ def test_tasks_give_their_results_and_outlive_a_worker_and_a_node(cluster, tmp_p
     assert (result.unit, result.code) == ("lost", 1) and result.text
     assert all_results(executor, [command(tmp_path, "again", ANSWER)])["again"].code == 0
     assert set(Path.home().glob(".ray/*")) == before  # no token in the home folder
+
+
+def test_a_driver_and_its_units_end_when_ray_s_head_dies(tmp_path):
+    """The same command then goes to a new cluster; nobody waits for the old one."""
+    words = [sys.executable, str(TESTS / "support/execution/lose_head.py"), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"driver": 1, "unit has ended": True}, done
 
 
 def test_the_end_of_the_driver_ends_the_tasks(cluster, tmp_path):

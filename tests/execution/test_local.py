@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.execution.processes import is_alive
 
 from merit_fast.execution.command import UnitCommand, unit_command
 from merit_fast.execution.local import LocalExecutor, workers_here
@@ -20,14 +21,6 @@ pytestmark = pytest.mark.process
 
 def command(tmp_path, unit, script):
     return UnitCommand(unit, (sys.executable, "-c", script), str(tmp_path / f"{unit}.log"))
-
-
-def is_alive(process):
-    """Whether a process of /proc is there and no zombie."""
-    try:
-        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def run(executor, *commands):

@@ -219,31 +219,6 @@ def test_checksums_are_xxh3s(tmp_path):
     )  # published for seed 0
 
 
-@pytest.mark.parametrize(
-    ("base", "options"),
-    [
-        (None, dict(shard_size="20K")),
-        (None, dict(shard_size="20K", threads=5, chunk_kib=4)),
-        ("base", dict(shard_size="20K", method="ties", density=0.5, stats=True)),
-        ("base", dict(shard_size="20K", method="nuslerp", vectors="column")),
-        (None, dict(shard_size="20K", method="karcher")),
-        (None, dict(dtype="fp64")),
-        (None, dict(form="distcp")),
-    ],
-    ids=str,
-)
-def test_the_recorded_hash_of_every_file_is_that_of_its_content(root, base, options):
-    """Files are hashed while they are written, in any order."""
-    models = [root / f"m{k}" for k in range(2)]
-    config = MergeConfig(**dict(weights="uniform") | options)
-    merge_models(models, base=base and root / base, out=root / "out", config=config)
-    recorded = json.loads((root / "out/stage.json").read_text())["files"]
-    assert len(recorded) >= 3
-    for name, (size, digest) in recorded.items():
-        file = root / "out" / name
-        assert (size, digest) == (file.stat().st_size, checksum(file))
-
-
 # ---- fsync, memory
 def test_fsync_is_asked_for_every_file_unless_it_is_off(root, monkeypatch):
     synced = []

@@ -4,12 +4,14 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from merit_fast.cli.flags import read_seconds
+from merit_fast.cli.units.stored import store_of
 from merit_fast.errors import InputError
 from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.progress import Progress
@@ -26,10 +28,13 @@ def run_units(
     from merit_fast.execution.drive import drive
     from merit_fast.pipeline.run import check_output
 
+    store = store_of(arguments)
+    if arguments.scratch is not None:
+        config = replace(config, output=arguments.scratch)
     check_output(config)
     executor = _executor(config, arguments)
     command = f"merit-fast {{stage}} {file}"
-    summary = drive(config, executor, progress, command, verify=arguments.verify)
+    summary = drive(config, executor, progress, command, verify=arguments.verify, store=store)
     if arguments.as_json:
         print(json.dumps(summary))
         return
@@ -84,7 +89,7 @@ def _submitit(
         from merit_fast.execution.on_slurm import SubmititExecutor
 
     cluster = options.pop("cluster", None)
-    folder = Path(config.output) / UNITS_FOLDER / "submitit"
+    folder = Path(options.pop("folder", None) or Path(config.output) / UNITS_FOLDER / "submitit")
     threads = arguments.unit_threads or config.threads or 1
     processes = arguments.unit_processes or 1
     gpus = arguments.unit_gpus or 0

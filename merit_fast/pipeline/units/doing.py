@@ -26,10 +26,7 @@ def do_unit(run: Run, name: str) -> bool:
     Raises:
         InputError: no unit has this name, or one that it needs is not done.
     """
-    units = list_units(run.outputs)
-    stage = units[name].stage if name in units else ""
-    if stage in (SKETCH.name, MERGE.name) or is_share(name):  # only these read rows for shares
-        units = list_units(run.outputs, run.data.rows)
+    units = units_for(run, name)
     unit = unit_named(name, units, run.outputs)
     if unit.name == SPLIT.name:
         return run.split()
@@ -39,6 +36,15 @@ def do_unit(run: Run, name: str) -> bool:
         return run.train(unit.item)
     work = _work_of(unit, units, run.work, run.outputs)
     return run.bring_up_to_date(unit.path, unit.manifest, work)
+
+
+def units_for(run: Run, name: str) -> dict[str, Unit]:
+    """The run's units, with shares where the unit ``name`` is one or may have some."""
+    units = list_units(run.outputs)
+    stage = units[name].stage if name in units else ""
+    if stage in (SKETCH.name, MERGE.name) or is_share(name):  # only these read rows for shares
+        return list_units(run.outputs, run.data.rows)
+    return units
 
 
 def _work_of(

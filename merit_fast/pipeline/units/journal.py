@@ -1,12 +1,14 @@
 """units/units.jsonl: a line for every start and end of a unit, of all drivers of a run."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from merit_fast.manifests.atomic import naming
 from merit_fast.manifests.ledger import UNITS_FOLDER
 
 JOURNAL = "units.jsonl"  # in UNITS_FOLDER
@@ -30,8 +32,18 @@ class History:
 def write_event(folder: Path, event: dict[str, Any]) -> None:
     """Adds a line to the journal in ``folder``."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    with (folder / JOURNAL).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": now, **event}) + "\n")
+    line = json.dumps({"time": now, **event}) + "\n"
+    path = folder / JOURNAL
+    with naming(path), path.open("a+b") as file:
+        if file.tell() and not _ends_line(file):  # of a driver that died in the middle of it
+            line = "\n" + line
+        file.write(line.encode())
+
+
+def _ends_line(file: BinaryIO) -> bool:
+    """Whether the last byte of a file is the end of a line."""
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def read_histories(root: Path) -> dict[str, History]:

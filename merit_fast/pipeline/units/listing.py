@@ -108,9 +108,9 @@ def missing_units(units: Mapping[str, Unit], outputs: Outputs) -> dict[str, Unit
 
 def is_done(unit: Unit, outputs: Outputs) -> bool:
     """Whether the unit's output is finished, undamaged and of this config."""
-    if unit.is_proved_later:
+    if unit.is_proved_later and outputs.store is None:
         return has_whole_files(unit.path, unit.manifest.fingerprint)
-    return outputs.records.check(unit.path, unit.manifest.fingerprint).is_current
+    return outputs.is_finished(unit.path, unit.manifest)
 
 
 def is_share(name: str) -> bool:
@@ -170,7 +170,7 @@ def _before_split(outputs: Outputs, rows: MixtureRows | None) -> Iterable[Unit]:
         yield from cut
         yield _with_shares(part, cut)
         parts.append(part.name)
-    yield Unit(SKETCH.name, outputs.folder(SKETCH), whole, tuple(parts))
+    yield Unit(SKETCH.name, outputs.folder(SKETCH), whole, (*before, *parts))
     yield Unit(SPLIT.name, outputs.folder(SPLIT), outputs.split, (SKETCH.name,))
 
 

@@ -39,7 +39,7 @@ class Multipliers:
     factors: KfacFactors | None = None
 
 
-def stage_multipliers(
+def stage_multipliers(  # noqa: PLR0913
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     mixture: DrawnMixture,
@@ -48,6 +48,7 @@ def stage_multipliers(
     directory: Path,
     progress: Progress,
     known: Path | None = None,
+    earlier: Sequence[Path] = (),
 ) -> Multipliers:
     """The multipliers that ``config.normalize`` asks for.
 
@@ -56,6 +57,7 @@ def stage_multipliers(
         mixture: every dataset and its examples.
         directory: the stage's output, for the factors.
         known: file of K-FAC's factors, if they are not to be collected.
+        earlier: outputs whose factors are read where they are, if they are those of this mixture.
 
     Raises:
         InputError: the optimizer's state cannot be read.
@@ -70,6 +72,11 @@ def stage_multipliers(
         return Multipliers(factors=KfacFactors.load(known))
     damping = config.damping or DAMPING
     source = mixture.multipliers
+    there = next((folder for folder in earlier if _is_intact(folder, source)), None)
+    if there is not None:
+        factors = KfacFactors.load(there / FACTORS_FILE)
+        is_same = factors.damping == damping
+        return Multipliers(factors=factors if is_same else factors.with_damping(damping))
     if not _is_intact(directory, source):
         factors = _collect(model, parameters, mixture, pad_token_id, config, progress)
         _write(factors, source, directory)

@@ -63,8 +63,8 @@ class Spans:
         """One span: its examples, and folder and name of its files."""
         return self.drawn.of_span(number), self.folder, _name(number)
 
-    def add_up(self) -> SketchState:
-        """Writes the dataset's sums, rows and record from those of all spans; returns the sums."""
+    def add_up(self) -> None:
+        """Writes the dataset's sums, rows and record from those of all spans, and removes these."""
         state = self._sum("")
         of_parts = {part: self._sum(part) for part in self.config.parts or ()}
         if self.config.store:
@@ -72,7 +72,7 @@ class Spans:
         write_states(self.output, self.drawn.name, state, of_parts)
         check = read_check(self.folder)
         record_state(self.output, self.drawn.name, self.drawn.sums, check, tuple(of_parts))
-        return state
+        shutil.rmtree(self.folder)
 
     def _sum(self, part: str) -> SketchState:
         first, *others = (
@@ -92,7 +92,7 @@ class Spans:
 
 
 def remove_spans(output: Path) -> None:
-    """Removes the spans of finished datasets, and what dead runs of other options have left."""
+    """Removes the spans that dead runs of other options or datasets have left."""
     folder = output / _SPANS_FOLDER
     if folder.exists():
         shutil.rmtree(folder)

@@ -91,21 +91,18 @@ def sketch_mixture(  # noqa: PLR0913
         mixture,
         freeze,
         factors,
+        () if only is None else tuple(earlier),
         crew,
     )
+    if crew.leads:
+        directory.mkdir(parents=True, exist_ok=True)
+        keep_factors(config, mixture.multipliers, directory, earlier if only is None else ())
     if only is not None:
         mixture = mixture.only(only)
     if share is not None:
         _sketch_share(work, mixture.datasets[0], share, earlier)
         return
-    missing, jobs = _missing(work, mixture, earlier)
-    if jobs:
-        with _passes(work, sum(len(job.drawn.indices) for job in jobs)) as (passes, task):
-            for job in jobs:
-                _do(work, job, passes, task)
-    for drawn in missing:
-        if drawn.num_spans > 1:
-            Spans(drawn, directory, config).add_up()
+    _sketch_datasets(work, _todo(work, mixture, earlier))
     if crew.leads:
         remove_spans(directory)
 
@@ -137,19 +134,22 @@ def collect_factors(  # noqa: PLR0913
     _multipliers(work, model, parameters)
 
 
-def _missing(
+def _todo(
     work: SketchWork, mixture: DrawnMixture, earlier: Sequence[Path]
-) -> tuple[list[DrawnDataset], list[Job]]:
-    """Datasets without known sums, as the first process finds them, and the work on them."""
-    missing: list[DrawnDataset] = []
-    jobs: list[Job] = []
+) -> list[tuple[DrawnDataset, list[Job]]]:
+    """Datasets without known sums, as the first process finds them, and the work on each."""
+    todo: list[tuple[DrawnDataset, list[Job]]] = []
     if work.crew.leads:
         missing = _reuse(mixture, work.config, work.directory, work.progress, earlier)
-        jobs = [job for drawn in missing for job in jobs_of(work, drawn, earlier)]
-    if work.crew.size > 1:
-        places = work.crew.exchange([job.place for job in jobs])[0]
-        jobs = [job_at(work, *place) for place in places]
-    return missing, jobs
+        todo = [(drawn, jobs_of(work, drawn, earlier)) for drawn in missing]
+    if work.crew.size == 1:
+        return todo
+    places = [(drawn.name, [job.place for job in jobs]) for drawn, jobs in todo]
+    by_name = {drawn.name: drawn for drawn in mixture.datasets}
+    return [
+        (by_name[name], [job_at(work, *place) for place in spans])
+        for name, spans in work.crew.exchange(places)[0]
+    ]
 
 
 def _reuse(
@@ -164,7 +164,6 @@ def _reuse(
     rows = {drawn.name: drawn.stored for drawn in mixture.datasets if config.store}
     kept, reused = reuse_states(directory, earlier, sums, tuple(config.parts or ()))
     stored = reuse_rows(directory, earlier, rows)
-    keep_factors(config, mixture.multipliers, directory, earlier)
     if config.store:
         kept &= stored
         reused &= stored
@@ -177,13 +176,25 @@ def _reuse(
     return [drawn for drawn in mixture.datasets if drawn.name not in kept | reused]
 
 
+def _sketch_datasets(work: SketchWork, todo: Sequence[tuple[DrawnDataset, list[Job]]]) -> None:
+    """Sketches datasets, and adds up the spans of each; without any work no model is loaded."""
+    num_examples = sum(len(job.drawn.indices) for _, jobs in todo for job in jobs)
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(_passes(work, num_examples)) if num_examples else None
+        for drawn, jobs in todo:
+            for job in jobs:
+                assert opened is not None
+                _do(work, job, *opened)
+            if drawn.num_spans > 1 and work.crew.leads:
+                Spans(drawn, work.directory, work.config).add_up()
+
+
 def _sketch_share(
     work: SketchWork, drawn: DrawnDataset, share: tuple[int, int], earlier: Sequence[Path]
 ) -> None:
     """Sketches every n-th span of a dataset from the i-th on, of a share (i, n)."""
     number, count = share
     config = work.config
-    work.directory.mkdir(parents=True, exist_ok=True)
     numbers = range(number - 1, drawn.num_spans, count)
     is_known = has_states(earlier, drawn.sums, tuple(config.parts or ())) and (
         not config.store or has_rows(earlier, drawn.stored)
@@ -191,7 +202,6 @@ def _sketch_share(
     if is_known or drawn.num_spans == 1 or not numbers:
         work.progress.note(f"sketch: {drawn.name}: has no span that share {number} must sketch")
         return
-    keep_factors(config, work.mixture.multipliers, work.directory, earlier)
     jobs = jobs_of(work, drawn, earlier, numbers)
     if jobs:
         with _passes(work, sum(len(job.drawn.indices) for job in jobs)) as (passes, task):
@@ -257,6 +267,7 @@ def _multipliers(
         work.directory,
         work.progress,
         work.factors,
+        work.with_factors,
     )
 
 

@@ -24,6 +24,7 @@ class SketchWork:
     mixture: DrawnMixture
     freeze: Sequence[str] | None
     factors: Path | None = None
+    with_factors: Sequence[Path] = ()  # outputs that may hold the factors, which stay there
     crew: Crew = ONE_PROCESS
 
 

@@ -6,6 +6,7 @@ from merit_fast.errors import InputError
 
 SIZE = "WORLD_SIZE"
 RANK = "RANK"
+LOCAL_SIZE = "LOCAL_WORLD_SIZE"
 
 
 def world_size() -> int:
@@ -23,6 +24,11 @@ def world_size() -> int:
 def world_rank() -> int:
     """Number of this process among them."""
     return _number(RANK, 0)
+
+
+def local_size() -> int:
+    """Number of these processes on this machine; all of them where the launcher tells none."""
+    return max(_number(LOCAL_SIZE, world_size()), 1)
 
 
 def require_one_process(command: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from merit_fast.pipeline.config import read_run_config, write_run_config
 from merit_fast.pipeline.run import Run
 from merit_fast.pipeline.units.doing import do_unit
 from merit_fast.pipeline.units.journal import JOURNAL, write_event
+from merit_fast.pipeline.units.sharing import merge_shares, sketch_shares
 
 
 def test_shares_hold_disjoint_files_and_the_whole_only_links_to_them(by_units):
@@ -125,3 +127,27 @@ def test_status_shows_who_does_what_from_the_files(by_units, tmp_path, call):
     assert lines["train/merit-0"] == "done" and lines["report"].startswith("waiting for evaluate")
     states = {unit["name"]: unit for unit in json.loads(answer)["units"]}
     assert states["merge/merit"]["host"] == "node7" and states["merge/merit"]["failures"] == 2
+    config = tmp_path / "moved" / UNITS_FOLDER / "config.yml"
+    config.write_text(config.read_text().replace(str(run.config.model), str(tmp_path / "absent")))
+    code, text, error = call("status", tmp_path / "moved")
+    assert code == 0 and "split" in text, error
+    assert "units: their states cannot be told here: " in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["scale=auto", "stats=true", "dtype=fp8-block128", "shard_size=1G", "form=distcp"],
+)
+def test_a_merge_of_one_file_or_with_work_of_its_own_is_not_shared(by_units, key):
+    file, _ = by_units
+    assert merge_shares(Run(read_run_config(file)).outputs) > 2
+    assert merge_shares(Run(read_run_config(file, [f"merge.{key}"])).outputs) == 1
+
+
+def test_no_row_is_read_for_shares_where_no_dataset_can_be_cut(by_units):
+    file, _ = by_units
+    split = read_run_config(file).split
+    run = run_of(file)
+    assert set(sketch_shares(split, run.data.rows).values()) == {2}
+    for options in ({"span": 6}, {"precision": 0.1}):
+        assert sketch_shares(replace(split, **options), rows=None) == {}

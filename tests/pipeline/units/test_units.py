@@ -112,9 +112,7 @@ def test_the_command_line_does_and_lists_units(by_units, configured, call, tmp_p
 @pytest.mark.parametrize(
     "pattern,unit",
     [
-        ("units/sketch/codes$", "sketch/codes"),
         ("sketch.tmp/codes.safetensors", "sketch"),
-        ("branches/merit-1$", "train/merit-1"),
         ("units/evaluate/merit-0$", "evaluate/merit-0"),
         ("shares/merge/merit/1-of-", "merge/merit/1-of-*"),
     ],

@@ -29,8 +29,8 @@ def ready(file: Path) -> list[str]:
     return [name for name, unit in left.items() if not any(n in left for n in unit.before)]
 
 
-def results(out: Path) -> dict[str, bytes]:
-    """The bytes of every result: no parts, no tokens, nothing that holds seconds."""
+def results(out: Path) -> dict[str, str]:
+    """The hash of every result: no parts, no tokens, nothing that holds seconds."""
     files = tree_bytes(out)
     kept = {}
     for name, data in files.items():

@@ -146,6 +146,7 @@ INSIDE = {
         "plan",
         "reporting",
         "records",
+        "storage",
         "outputs",
         "data",
         "branches",
