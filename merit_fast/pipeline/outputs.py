@@ -285,11 +285,8 @@ class Outputs:
         results = {EVALUATE: self.evaluate}
         if self.config.evaluate.audit:
             results[AUDIT] = self.audit
-        return {
-            stage: manifest
-            for stage, manifest in results.items()
-            if self.is_finished(self.folder(stage), manifest)
-        }
+        pairs = results.items()
+        return {key: own for key, own in pairs if self.is_finished(self.folder(key), own)}
 
     def _merges_of(self, names: Iterable[str]) -> dict[str, str]:
         return {name: self.merge(name).fingerprint for name in names}
