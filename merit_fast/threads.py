@@ -17,7 +17,7 @@ class Job(threading.Thread):
 
     def __init__(self, call: Callable[[], object], after: "Job | None" = None) -> None:
         super().__init__()
-        self._call = call
+        self._call: Callable[[], object] | None = call
         self._after = after
         self._error: BaseException | None = None
         self.start()
@@ -26,8 +26,11 @@ class Job(threading.Thread):
         if self._after is not None:
             self._after.join()
             self._after = None
+        call = self._call
+        self._call = None  # the call may hold this job, and nobody looks for such rings
+        assert call is not None
         try:
-            self._call()
+            call()
         except BaseException as error:
             self._error = error
 

@@ -1,12 +1,15 @@
 """Loss of FusedAdamW at 7 bytes a parameter against fp32 weights and moments.
 
     python -m bench.train.low_memory [--steps 1000] [--seeds 3] [--text docs]
+    python -m bench.train.low_memory --model MODEL --rate 1e-4 [--steps 150] [--seeds 2]
 
 A Llama of two layers and 64 columns learns the words of the Markdown files under ``--text``; 512
-words have an id of their own. Each seed chooses the start and the order of the batches. All runs
-of a seed begin with the same bf16 numbers and see the same batches. The loss is the mean over the
-last tenth of the steps; its noise is the spread over the seeds. ``--noise`` adds a second fp32 run
-whose batches are split in two: it differs from the first only by rounding.
+words have an id of their own. With ``--model`` all weights of that folder's model are trained on
+the tokens of these files instead. Each seed chooses the order of the batches, and the start of the
+small Llama. All runs of a seed begin with the same bf16 numbers and see the same batches. The loss
+is the mean over the last tenth of the steps; its noise is the spread over the seeds. ``--runs 2``
+leaves out the weights without a master; ``--runs 4`` adds a second fp32 run whose batches are split
+in two: it differs from the first only by rounding.
 """
 
 import argparse
@@ -61,14 +64,38 @@ def new_model(seed: int, dtype: torch.dtype) -> Any:
     return model.to(torch.bfloat16).to(dtype)
 
 
-def train(name: str, words: Tensor, seed: int, steps: int) -> float:
+def tokens_of(folder: Path, model: Path) -> Tensor:
+    """Token ids of all files, by the model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    text = " ".join(file.read_text() for file in sorted(folder.rglob("*.md")))
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def load_whole(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of a folder, whose weights are rounded to bf16 first."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.train()
+    return model.to(dtype)
+
+
+def train(name: str, words: Tensor, seed: int, options: argparse.Namespace) -> float:
     """Mean loss of the last tenth of the steps."""
-    dtype, options, parts = RUNS[name]
-    model = new_model(seed, dtype)
+    dtype, keywords, parts = RUNS[name]
+    steps = options.steps
+    model = load_whole(options.model, dtype) if options.model else new_model(seed, dtype)
     optimizer = FusedAdamW(
-        model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, seed=seed, **options
+        model.parameters(),
+        lr=options.rate,
+        betas=(0.9, 0.999),
+        weight_decay=0.01,
+        seed=seed,
+        **keywords,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, total_steps=steps)
     numbers = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(steps):
@@ -93,15 +120,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--text", type=Path, default=Path("docs"))
-    parser.add_argument("--noise", action="store_true", help="a second fp32 run too")
+    parser.add_argument("--model", type=Path, help="folder of a model; absent: the small Llama")
+    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=3, choices=(2, 3, 4))
     options = parser.parse_args(arguments)
-    names = [name for name in RUNS if options.noise or "micro" not in name]
-    words = words_of(options.text)
+    names = list(RUNS)[: options.runs]
+    text = options.text
+    words = tokens_of(text, options.model) if options.model else words_of(text)
     report: dict[str, Any] = {**machine(), "torch": torch.__version__, "steps": options.steps}
+    report["rate"] = options.rate
     losses: dict[str, list[float]] = {name: [] for name in names}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in names:
-            losses[name].append(round(train(name, words, seed, options.steps), 4))
+            losses[name].append(round(train(name, words, seed, options), 4))
             difference = losses[name][-1] - losses["fp32"][-1]
             print(f"seed {seed} {name:28} {losses[name][-1]:.4f} {difference:+.4f}", flush=True)
     for name, values in losses.items():

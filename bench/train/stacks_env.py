@@ -4,7 +4,7 @@
 
 DIR defaults to ~/.cache/merit_fast/stacks: one environment per stack, 1.5 GB together. They read
 torch and everything else that a stack does not pin from this environment. Only what their parsers,
-loaders and trainers import on a CPU is installed; `tests/engines/test_real_stacks.py` runs there.
+loaders and trainers import on a CPU is installed; tests in `tests/engines` run there.
 """
 
 import argparse

@@ -106,12 +106,10 @@ def train_base(start: Path, folder: Path, data: Path, epochs: int) -> Path:
     return folder
 
 
-def run(out: Path, rows: int, epochs: int, joint: bool, random: int) -> dict[str, Any]:
-    """Makes the base and runs all stages; the measures of every arm."""
-    begin = time.perf_counter()
+def write_run(out: Path, rows: int, epochs: int, joint: bool, random: int) -> Path:
+    """Makes the base and the tasks; returns the YAML of a run of them."""
     make_start(out / "start")
     base = train_base(out / "start", out / "base", out / "naming", epochs=4)
-    base_s = time.perf_counter() - begin
     values = {
         "model": str(base),
         "mixture": write_digit_tasks(out / "tasks", num_train=rows, num_eval=40),
@@ -125,9 +123,18 @@ def run(out: Path, rows: int, epochs: int, joint: bool, random: int) -> dict[str
         },
         "evaluate": {"dtype": "fp32", "max_new_tokens": 8},
     }
-    (out / "run.yml").write_text(json.dumps(values))
+    file = out / "run.yml"
+    file.write_text(json.dumps(values))
+    return file
+
+
+def run(out: Path, rows: int, epochs: int, joint: bool, random: int) -> dict[str, Any]:
+    """Makes the base and runs all stages; the measures of every arm."""
     begin = time.perf_counter()
-    merit_fast.run(out / "run.yml")
+    file = write_run(out, rows, epochs, joint, random)
+    base_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    merit_fast.run(file)
     return {
         "base_s": round(base_s, 1),
         "run_s": round(time.perf_counter() - begin, 1),

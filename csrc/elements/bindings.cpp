@@ -59,23 +59,23 @@ void define_elements(nb::module_& m, const AverageKernels& kernels) {
       "merge_elements",
       [&kernels](const Segment& tensor, const ElementRule& rule, const nb::object& read,
                  int64_t chunk_elements, int threads, bool allow_nonfinite, bool write_early,
-                 Counter elements_done) {
+                 Written* written, Counter elements_done) {
         const bool is_pair = rule.kind != ElementKind::active;
         if (tensor.inputs.size() < 2 || (is_pair && tensor.inputs.size() != 2) || rule.row < 0 ||
             (rule.kind == ElementKind::important && rule.row < 1))
           throw std::invalid_argument("merge_elements: bad number of inputs, or a bad row");
-        return run(kernels, {read, chunk_elements, threads, allow_nonfinite, write_early},
+        return run(kernels, {read, chunk_elements, threads, allow_nonfinite, write_early, written},
                    elements_done,
                    [&](const Engine& engine) { return merge_elements(engine, tensor, rule); });
       },
       nb::kw_only(), "tensor"_a, "rule"_a, "read"_a.none(), "chunk_elements"_a, "threads"_a,
-      "allow_nonfinite"_a, "write_early"_a, "elements_done"_a.noconvert());
+      "allow_nonfinite"_a, "write_early"_a, "written"_a.none(), "elements_done"_a.noconvert());
   m.def(
       "merge_vectors",
       [&kernels](const Segment& tensor, int64_t length, int64_t period, int branches,
                  bool from_base, const nb::object& weights, const nb::object& read,
                  int64_t chunk_elements, int threads, bool allow_nonfinite, bool write_early,
-                 Counter elements_done) {
+                 Written* written, Counter elements_done) {
         const int64_t part = period > 0 ? period : length;
         if (part < 1 || tensor.elements % part != 0 || branches < 1 ||
             size_t(branches) + (from_base ? 1 : 0) != tensor.inputs.size())
@@ -85,11 +85,11 @@ void define_elements(nb::module_& m, const AverageKernels& kernels) {
                             .branches = branches,
                             .from_base = from_base,
                             .weights = vector_weights(weights)};
-        return run(kernels, {read, chunk_elements, threads, allow_nonfinite, write_early},
+        return run(kernels, {read, chunk_elements, threads, allow_nonfinite, write_early, written},
                    elements_done,
                    [&](const Engine& engine) { return merge_vectors(engine, tensor, job); });
       },
       nb::kw_only(), "tensor"_a, "length"_a, "period"_a, "branches"_a, "from_base"_a, "weights"_a,
       "read"_a.none(), "chunk_elements"_a, "threads"_a, "allow_nonfinite"_a, "write_early"_a,
-      "elements_done"_a.noconvert());
+      "written"_a.none(), "elements_done"_a.noconvert());
 }

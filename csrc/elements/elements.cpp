@@ -36,8 +36,7 @@ class ElementMerge {
       if (!reader_.read_all_inputs(b, chunk)) return false;
       if (!mix(b, n) && !engine_.allow_nonfinite) return reader_.fail(0, chunk, -1, true);
       const int64_t at = tensor_.output_offset + chunk * reader_.chunk_elements() * item;
-      const int error =
-          write_all(tensor_.output_fd, b->out, size_t(n * item), at, engine_.write_early);
+      const int error = write_output(engine_, tensor_, b->out, n * item, at);
       if (error) return reader_.fail(error, chunk, -1, false);
       __atomic_fetch_add(engine_.elements_done, n, __ATOMIC_RELAXED);
       return true;

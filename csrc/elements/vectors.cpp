@@ -29,8 +29,7 @@ class RowMerge {
       if (!mix(b, n, &finite)) return reader_.fail(EIO, chunk, -1, false);
       if (!finite && !engine_.allow_nonfinite) return reader_.fail(0, chunk, -1, true);
       const int64_t at = tensor_.output_offset + chunk * reader_.chunk_elements() * item;
-      const int error =
-          write_all(tensor_.output_fd, b->out, size_t(n * item), at, engine_.write_early);
+      const int error = write_output(engine_, tensor_, b->out, n * item, at);
       if (error) return reader_.fail(error, chunk, -1, false);
       __atomic_fetch_add(engine_.elements_done, n, __ATOMIC_RELAXED);
       return true;
@@ -97,6 +96,9 @@ class ColumnMerge {
     for_each_item((job_.period + width_ - 1) / width_, engine_.threads, [&](int, int64_t block) {
       return merge(block * width_, std::min(width_, job_.period - block * width_));
     });
+    const int64_t bytes = tensor_.elements * int64_t(item_bytes(tensor_.output_type));
+    if (result_.segment < 0 && engine_.written && tensor_.output_fd >= 0)
+      engine_.written->add(tensor_.output_offset, bytes);  // once: blocks of columns lie in pieces
     return result_;
   }
 

@@ -77,6 +77,13 @@ void define_segment(nb::module_& m) {
       .def_ro("nonfinite", &MergeResult::nonfinite);
 }
 
+void define_written(nb::module_& m) {
+  nb::class_<Written>(m, "Written")
+      .def(nb::init<>())
+      .def("add", &Written::add, "first"_a, "n"_a)
+      .def("prefix", &Written::prefix);
+}
+
 // The fields of DeltaRule in kernels/average/deltas.py.
 void define_rule(nb::module_& m) {
   nb::class_<TensorRule>(m, "TensorRule")
@@ -112,6 +119,7 @@ void define_rule(nb::module_& m) {
 void define_engine(nb::module_& m, const AverageKernels& kernels) {
   define_sources(m);
   define_encoding(m);
+  define_written(m);
   define_segment(m);
   define_rule(m);
   define_elements(m, kernels);
@@ -132,33 +140,35 @@ void define_engine(nb::module_& m, const AverageKernels& kernels) {
       "merge_sums",
       [&kernels](const std::vector<Segment>& segments, const nb::object& read,
                  int64_t chunk_elements, int threads, bool allow_nonfinite, bool write_early,
-                 const Pieces& pieces, const Grams& gram, bool from_base, Counter elements_done) {
+                 Written* written, const Pieces& pieces, const Grams& gram, bool from_base,
+                 Counter elements_done) {
         const size_t inputs = segments.empty() ? 1 : segments[0].inputs.size();
         const GramJob grams = gram_job(pieces, gram, from_base, inputs);
-        return run(kernels, {read, chunk_elements, threads, allow_nonfinite, write_early},
+        return run(kernels, {read, chunk_elements, threads, allow_nonfinite, write_early, written},
                    elements_done,
                    [&](const Engine& engine) { return merge_sums(engine, segments, grams); });
       },
       nb::kw_only(), "segments"_a, "read"_a.none(), "chunk_elements"_a, "threads"_a,
-      "allow_nonfinite"_a, "write_early"_a, "pieces"_a.noconvert(), "gram"_a.noconvert(),
-      "from_base"_a, "elements_done"_a.noconvert());
+      "allow_nonfinite"_a, "write_early"_a, "written"_a.none(), "pieces"_a.noconvert(),
+      "gram"_a.noconvert(), "from_base"_a, "elements_done"_a.noconvert());
   m.def(
       "merge_deltas",
       [&kernels](const std::vector<Segment>& tensors, const std::vector<TensorRule>& rules,
                  const nb::object& read, int64_t chunk_elements, int threads, bool allow_nonfinite,
-                 bool write_early, int64_t kept_bytes, const Pieces& pieces, const Grams& gram,
-                 Counter elements_done) {
+                 bool write_early, Written* written, int64_t kept_bytes, const Pieces& pieces,
+                 const Grams& gram, Counter elements_done) {
         if (tensors.empty() || rules.size() != tensors.size())
           throw std::invalid_argument("merge_deltas: needs tensors, and one rule for each");
         for (size_t t = 0; t < tensors.size(); t++)
           check_rule(rules[t], tensors[t].inputs.size() - 1);
         const GramJob grams = gram_job(pieces, gram, true, tensors[0].inputs.size());
         return run(
-            kernels, {read, chunk_elements, threads, allow_nonfinite, write_early, kept_bytes},
+            kernels,
+            {read, chunk_elements, threads, allow_nonfinite, write_early, written, kept_bytes},
             elements_done,
             [&](const Engine& engine) { return merge_deltas(engine, tensors, rules, grams); });
       },
       nb::kw_only(), "tensors"_a, "rules"_a, "read"_a.none(), "chunk_elements"_a, "threads"_a,
-      "allow_nonfinite"_a, "write_early"_a, "kept_bytes"_a, "pieces"_a.noconvert(),
-      "gram"_a.noconvert(), "elements_done"_a.noconvert());
+      "allow_nonfinite"_a, "write_early"_a, "written"_a.none(), "kept_bytes"_a,
+      "pieces"_a.noconvert(), "gram"_a.noconvert(), "elements_done"_a.noconvert());
 }

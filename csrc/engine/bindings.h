@@ -31,6 +31,7 @@ struct Settings {
   int64_t chunk_elements;
   int threads;
   bool allow_nonfinite, write_early;
+  Written* written;
   int64_t kept_bytes = 0;
 };
 
@@ -49,6 +50,7 @@ MergeResult run(const AverageKernels& kernels, const Settings& settings, Counter
                       .write_early = settings.write_early,
                       .kept_bytes = settings.kept_bytes,
                       .elements_done = elements_done.data(),
+                      .written = settings.written,
                       .wide_runs = &wide_runs};
   const nanobind::gil_scoped_release release;
   return merge(engine);

@@ -227,8 +227,7 @@ class TensorMerge {
           rule_.row > 0 ? b->ranks : nullptr, b->out, tensor_.output_type, b->mix_space.data());
       if (!finite && !engine_.allow_nonfinite) return reader_.fail(0, chunk, -1, true);
       const int64_t at = tensor_.output_offset + first * item;
-      const int error =
-          write_all(tensor_.output_fd, b->out, size_t(n * item), at, engine_.write_early);
+      const int error = write_output(engine_, tensor_, b->out, n * item, at);
       if (error) return reader_.fail(error, chunk, -1, false);
       __atomic_fetch_add(engine_.elements_done, n, __ATOMIC_RELAXED);
       return true;

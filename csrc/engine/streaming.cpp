@@ -138,8 +138,7 @@ class SumMerge {
         s.output_type, c.elements);
     if (!finite && !engine_.allow_nonfinite) return fail(0, c, -1, true);
     if (in_memory) return true;
-    const size_t bytes = size_t(c.elements * item);
-    const int error = write_all(s.output_fd, out, bytes, at, engine_.write_early);
+    const int error = write_output(engine_, s, out, c.elements * item, at);
     return error ? fail(error, c, -1, false) : true;
   }
 
@@ -156,6 +155,13 @@ class SumMerge {
 };
 
 }  // namespace
+
+int write_output(const Engine& engine, const Segment& segment, const char* p, int64_t n,
+                 int64_t at) {
+  const int error = write_all(segment.output_fd, p, size_t(n), at, engine.write_early);
+  if (!error && engine.written && segment.output_fd >= 0) engine.written->add(at, n);
+  return error;
+}
 
 MergeResult merge_sums(const Engine& engine, const std::vector<Segment>& segments,
                        const GramJob& grams) {

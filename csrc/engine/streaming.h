@@ -8,6 +8,7 @@
 #include "average/average.h"
 #include "engine/read/source.h"
 #include "engine/boxes/wide_runs.h"
+#include "engine/write/written.h"
 
 // A run of elements that is contiguous in every input and in the output.
 struct Segment {
@@ -51,8 +52,13 @@ struct Engine {
   bool write_early;        // the output will be fsynced
   int64_t kept_bytes;      // of a tensor's chunks, held from one pass to the next
   int64_t* elements_done;  // grows while the merge runs
+  Written* written;        // gets the bytes of the output file; null: nobody follows
   WideRuns* wide_runs;
 };
+
+// Writes n bytes of a segment at `at`, an offset of its file or an address; returns 0 or an errno.
+int write_output(const Engine& engine, const Segment& segment, const char* p, int64_t n,
+                 int64_t at);
 
 const size_t kWidePerInput = 2;  // wide runs that are kept
 

@@ -59,6 +59,8 @@ def _placed(place: str) -> Callable[[Parser], Work]:
 
 # ---- run and its stages
 def _add_run(parser: Parser) -> Work:
+    from merit_fast.cli.units.stored import add_storage_flags
+
     add_inputs(parser)
     add_upkeep(parser)
     parser.add_argument(
@@ -76,6 +78,7 @@ def _add_run(parser: Parser) -> Work:
     )
     add_run_flags(parser)
     add_executor_flags(parser)
+    add_storage_flags(parser)
     parser.ending = help_of_keys
 
     def work(arguments: Arguments) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from merit_fast.cli.flags import Parser, Work, add_inputs, add_run_flags
 from merit_fast.cli.stages import progress_of, read_config
 
-FORMATS = ("axolotl", "llamafactory", "trl")
+FORMATS = ("axolotl", "llamafactory", "swift", "trl")
 
 
 def add_export(parser: Parser) -> Work:

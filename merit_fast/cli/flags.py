@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import re
 import typing
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from merit_fast.records import fields
 
 Work = Callable[[argparse.Namespace], None]
 _NO_TERMINAL = 80  # columns
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 EXAMPLE_YAML = """\
 # my.yml; paths count from its folder
 model: BASE
@@ -120,7 +122,12 @@ def add_executor_flags(parser: argparse.ArgumentParser) -> None:
     add("--unit-processes", type=int, metavar="N", help=help)
     add("--unit-gpus", type=int, metavar="N", help="GPUs of a unit on Ray or SLURM [default: 0]")
     help = (
-        "of the executor: address of Ray; cluster and the options of submitit, such as "
+        "end a unit that takes longer, as 90m, 12h or 2d, and start it again, as one that dies "
+        "[default: no limit]"
+    )
+    add("--unit-limit", metavar="TIME", help=help)
+    help = (
+        "of the executor: address of Ray; cluster, folder and the options of submitit, such as "
         "slurm_partition; repeat for each"
     )
     add("--executor-option", action="append", metavar="KEY=VALUE", help=help)
@@ -139,15 +146,33 @@ def check_executor_flags(arguments: argparse.Namespace) -> None:
         "--unit-gpus": arguments.unit_gpus,
     }
     given = {**numbers, "--executor-option": arguments.executor_option}
+    given |= {"--storage": arguments.storage, "--scratch": arguments.scratch}
+    given |= {"--unit-limit": arguments.unit_limit}
     for flag, value in given.items():
         if value is not None and arguments.executor is None:
             raise InputError(f"command line: {flag}: goes with --executor, which is not given")
     for flag, number in numbers.items():
         if number is not None and number < 1:
             raise InputError(f"command line: {flag}: must be at least 1, got {number}")
+    limit = arguments.unit_limit
+    if limit is not None and read_seconds("--unit-limit", limit) <= 0:
+        raise InputError(f"command line: --unit-limit: must be above 0, got {limit}")
     if arguments.executor is not None and (arguments.rounds != 1 or arguments.overwrite):
         flag = "--overwrite" if arguments.overwrite else f"--rounds {arguments.rounds}"
         raise InputError(f"command line: --executor: does not go with {flag}")
+
+
+def read_seconds(flag: str, text: str) -> float:
+    """Seconds of a time such as 45s, 90m, 12h or 2d.
+
+    Raises:
+        InputError: it has another form.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if match is None:
+        rule = "must be a number and s, m, h or d, as in 2h"
+        raise InputError(f"command line: {flag}: {rule}, got {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def run_flags(arguments: argparse.Namespace) -> dict[str, Any]:

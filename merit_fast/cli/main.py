@@ -6,6 +6,7 @@ its needs only: a merge can take less time than importing torch. Everything else
 ``main``, so that an interruption at any time ends with one line.
 """
 
+import contextlib
 import gc
 import os
 import signal
@@ -36,7 +37,7 @@ def main() -> None:
 
 def _run(words: list[str], debug: bool) -> int:
     """Runs a command line and turns its errors into an exit code."""
-    from merit_fast.errors import InputError, MeritFastError, one_line
+    from merit_fast.errors import InputError, MeritFastError, no_space, one_line
 
     try:
         _run_command(words)
@@ -45,6 +46,9 @@ def _run(words: list[str], debug: bool) -> int:
     except MeritFastError as error:
         return _fail(str(error), 1, debug)
     except Exception as error:
+        reason = no_space(error)
+        if reason is not None:
+            return _fail(f"{getattr(error, 'filename', None) or 'a file'}: {reason}", 1, debug)
         message = f"{type(error).__name__}: {one_line(error)} (--debug shows the traceback)"
         return _fail(message, 1, debug)
     return 0
@@ -120,7 +124,8 @@ def _fail(message: str, code: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"{'error' if code == 2 else 'failed'}: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a log on a full disk: the exit code still tells
+        print(f"{'error' if code == 2 else 'failed'}: {message}", file=sys.stderr)
     return code
 
 

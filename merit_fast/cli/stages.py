@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from merit_fast.cli.flags import run_flags
 from merit_fast.errors import InputError
-from merit_fast.manifests.stages import MERGE, TRAIN, Stage
+from merit_fast.manifests.stages import MERGE, SKETCH, TRAIN, Stage
 from merit_fast.options.parser import to_plain
 from merit_fast.progress import PlainProgress, Progress, SilentProgress, TerminalProgress
 
@@ -28,7 +28,7 @@ def run_stage(stage: Stage, arguments: argparse.Namespace, assignments: list[str
     check_output(config)
     if stage is not MERGE:  # a merge bounds its memory itself
         keep_freed_memory()
-    if stage is not TRAIN:
+    if stage not in (SKETCH, TRAIN):
         require_one_process(stage.name)
     follows = world_size() > 1 and world_rank() > 0
     run = Run(
@@ -40,7 +40,7 @@ def run_stage(stage: Stage, arguments: argparse.Namespace, assignments: list[str
         dry_run=follows,
     )
     if follows:  # the leading process checks, writes and reports
-        run.train()
+        getattr(run, stage.name)()
         return
     run.preflight([stage])
     worked = getattr(run, stage.name)()

@@ -13,6 +13,7 @@ from typing import Any
 from merit_fast.engines.keys import check_keys
 from merit_fast.engines.options import check_options, given_options, recipe_note
 from merit_fast.engines.stacks import STACKS, EngineStack, command_of, python_of
+from merit_fast.engines.swift import check_swift
 from merit_fast.errors import InputError, show
 from merit_fast.export.chosen import Group, rows_of_branches
 from merit_fast.export.form import free_names
@@ -53,6 +54,8 @@ def check_engine(outputs: Outputs, data: RunData) -> None:
     if train.engine_config is not None:
         file = str(Path(train.engine_config).expanduser())
         check_keys(train.engine, python_of(train), file, user)
+    if train.engine == "swift":
+        check_swift(train, user, str(outputs.base))
     _check_rows(stack, outputs, data)
     if note := recipe_note(train, given_options(train)):
         data.progress.note(note)

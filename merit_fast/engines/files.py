@@ -14,6 +14,7 @@ import yaml
 
 from merit_fast.engines.options import minimal_keys
 from merit_fast.engines.stacks import STACKS
+from merit_fast.engines.swift import swift_keys
 from merit_fast.errors import InputError, show
 from merit_fast.export.chosen import Group
 from merit_fast.export.folder import INFO
@@ -70,6 +71,8 @@ def write_branch_files(
     out = folder / "model"
     values |= _own_keys(branch, recipe, user, values)
     values |= {stack.model_key: start, "output_dir": str(out)}
+    if recipe.engine == "swift":
+        values |= swift_keys(recipe, user, str(outputs.base))
     if recipe.engine == "axolotl":
         values["dataset_prepared_path"] = str(folder / "prepared")
     if recipe.engine == "trl":
@@ -97,6 +100,8 @@ def _own_keys(
         own |= _precision(recipe) | minimal_keys(recipe)
     elif branch.seed:
         own["seed"] = int(user.get("seed", 0)) + branch.seed
+        if recipe.engine == "swift":  # its own order of rows has another seed
+            own["data_seed"] = int(user.get("data_seed", 42)) + branch.seed
     if user is not None and branch.rate_factor != 1.0:
         rate = user.get("learning_rate")
         try:
@@ -116,6 +121,8 @@ def _precision(recipe: TrainConfig) -> dict[str, Any]:
     import torch
 
     is_bf16 = recipe.dtype == "bf16"
+    if recipe.engine == "swift":
+        return {"bf16": is_bf16, **({} if torch.cuda.is_available() else {"use_cpu": True})}
     if not is_bf16 or torch.cuda.is_available():
         return {"bf16": is_bf16}
     return {"bf16": False} if recipe.engine == "axolotl" else {"bf16": True, "use_cpu": True}

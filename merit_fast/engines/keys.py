@@ -30,6 +30,11 @@ classes = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
     "llamafactory": f"""
 from llamafactory.hparams.parser import _TRAIN_ARGS as classes
 {_DATACLASSES}""",
+    "swift": f"""
+from swift.arguments import SftArguments
+classes = (SftArguments,)
+{_DATACLASSES}names.add("ENV")
+""",
     "axolotl": """
 import sys, yaml
 from axolotl.cli.config import prepare_plugins

@@ -80,7 +80,11 @@ def minimal_keys(train: TrainConfig) -> dict[str, Any]:
     if train.report_to:
         keys["report_to"] = list(train.report_to)
     if train.adapter.is_on:
-        makers = {"axolotl": _axolotl_adapter, "llamafactory": _llamafactory_adapter}
+        makers = {
+            "axolotl": _axolotl_adapter,
+            "llamafactory": _llamafactory_adapter,
+            "swift": _swift_adapter,
+        }
         keys |= makers.get(train.engine, _trl_adapter)(train.adapter)
     return keys
 
@@ -145,6 +149,22 @@ def _llamafactory_adapter(adapter: AdapterConfig) -> Mapping[str, Any]:
         "lora_dropout": adapter.dropout,
         "lora_target": "all" if is_all else ",".join(adapter.targets),
         **({"additional_target": saved} if saved else {}),
+        "use_rslora": adapter.kind == "rslora",
+        "use_dora": adapter.kind == "dora",
+    }
+
+
+def _swift_adapter(adapter: AdapterConfig) -> Mapping[str, Any]:
+    targets = adapter.targets
+    is_expression = isinstance(targets, str) and targets != ALL_LINEAR
+    modules = [targets] if isinstance(targets, str) else list(targets)
+    return {
+        "tuner_type": "lora",
+        "lora_rank": adapter.rank,
+        "lora_alpha": _number(adapter.alpha),
+        "lora_dropout": adapter.dropout,
+        **({"target_regex": targets} if is_expression else {"target_modules": modules}),
+        **({"modules_to_save": list(adapter.modules_to_save)} if adapter.modules_to_save else {}),
         "use_rslora": adapter.kind == "rslora",
         "use_dora": adapter.kind == "dora",
     }

@@ -60,6 +60,14 @@ STACKS: Mapping[Engine, EngineStack] = {
         "num_train_epochs",
         "pip install llamafactory",
     ),
+    "swift": EngineStack(
+        "swift",
+        ("swift.cli.main", "sft"),
+        ("swift", "merit_fast"),
+        "model",
+        "num_train_epochs",
+        "pip install ms-swift",
+    ),
     "command": EngineStack("trl", (), (), "model_name_or_path", "num_train_epochs"),
 }
 

@@ -1,12 +1,10 @@
-"""One unit as a process: its command line, its log and its result, on whatever machine it runs."""
+"""The command line of a unit, and its result, on whatever machine it runs."""
 
-import contextlib
-import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +13,8 @@ from typing import Any
 
 from merit_fast.manifests.stages import TRAIN
 
-_LOOK_S = 0.5
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
 _TAIL = 4000  # bytes of a log that are searched for its last line
+_LITTLE_SPACE = 1 << 16  # bytes; a disk with less is full
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,9 @@ class Ended:
         unit: its name.
         code: exit code; 2: bad input; negative: the number of the signal that killed it.
         host: the machine.
-        text: the last line of its log.
-        answer: its JSON: worked, seconds, read_bytes, written_bytes; empty if it failed.
+        text: the last line that it has added to its log, or why there is none.
+        answer: its JSON: worked, seconds, read_bytes, written_bytes, with a store downloaded_bytes
+            and uploaded_bytes; empty if it failed.
     """
 
     unit: str
@@ -72,84 +69,58 @@ class Ended:
 
 
 def unit_command(
-    unit: str, config: Path, log: Path, threads: int | None, processes: int = 1
+    unit: str,
+    config: Path | str,
+    log: Path,
+    threads: int | None,
+    processes: int = 1,
+    storage: tuple[str, ...] = (),
 ) -> UnitCommand:
     """The command that does a unit.
 
     Args:
         unit: its name.
-        config: the run's resolved YAML.
+        config: the run's resolved YAML; in a store its URL.
         log: file for its messages.
         threads: CPU threads of torch; None: as many as torch takes.
         processes: of a training, started by torchrun; other units have one.
+        storage: words of the command that name the run's store and the folder for copies.
     """
     python: tuple[str, ...] = (sys.executable,)
     if processes > 1 and is_training(unit):
         count = ("--nproc-per-node", str(processes))
         python += ("-m", "torch.distributed.run", "--standalone", *count)
-    words = (*python, "-m", "merit_fast", "unit", str(config), unit, "--json")
+    words = (*python, "-m", "merit_fast", "unit", str(config), unit, "--json", *storage)
     if threads is not None:
         words += ("--threads", str(threads))
     return UnitCommand(unit, words, str(log))
 
 
-def start_process(command: UnitCommand) -> "subprocess.Popen[bytes]":
-    """Starts a unit in a process group of its own; standard output is a pipe.
-
-    The system ends the unit when this process dies, however it dies.
-    """
-    log = Path(command.log)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as messages:
-        return subprocess.Popen(
-            command.words,
-            stdout=subprocess.PIPE,
-            stderr=messages,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **dict(command.environment)},
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
-
-
-def _end_with_parent() -> None:
-    """Asks Linux for a signal when the parent dies; runs in the child before its program."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def ended(command: UnitCommand, code: int, output: bytes) -> Ended:
-    """The result of a unit whose process is over."""
+def ended(command: UnitCommand, code: int, output: bytes, log_start: int = 0) -> Ended:
+    """The result of a unit whose process is over; its messages begin at ``log_start``."""
     host = socket.gethostname()
-    if code != 0:
-        return Ended(command.unit, code, host, last_line(Path(command.log)))
-    return Ended(command.unit, code, host, "", _answer(output))
+    if code == 0:
+        return Ended(command.unit, code, host, "", _answer(output))
+    log = Path(command.log)
+    text = last_line(log, log_start) if code > 0 else f"was ended by {_signal_name(-code)}"
+    if shutil.disk_usage(log.parent).free < _LITTLE_SPACE:
+        full = f"no space is left on the disk of {log.parent}"
+        text = f"{text}; {full}" if text else full
+    return Ended(command.unit, code, host, text)
 
 
-def run_to_end(command: UnitCommand) -> Ended:
-    """Runs a unit and waits for it; ends the unit if this process is interrupted."""
-    process = start_process(command)
+def _signal_name(number: int) -> str:
     try:
-        output = _output(process)
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    return ended(command, process.returncode, output)
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"
 
 
-def _output(process: "subprocess.Popen[bytes]") -> bytes:
-    """Standard output to the end; Ray interrupts Python's lines only, no wait that is one line."""
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=_LOOK_S)[0]
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log that is not empty; "" if there is none."""
+def last_line(log: Path, start: int = 0) -> str:
+    """The last line of a log that is not empty, after so many bytes; "" if there is none."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            file.seek(max(start, file.seek(0, os.SEEK_END) - _TAIL))
             lines: Sequence[str] = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""

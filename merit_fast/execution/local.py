@@ -1,18 +1,16 @@
 """Units as processes of this machine, as many at once as its cores, memory and GPUs allow."""
 
 import os
-import selectors
 import shutil
-import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 
-from merit_fast.execution.command import Ended, UnitCommand, ended, start_process
+from merit_fast.execution.command import Ended, UnitCommand
+from merit_fast.execution.process import UnitProcess, wait_for_one
 from merit_fast.model.memory import available_memory_bytes
 
 _CORES_OF_A_UNIT = 4  # without --workers and without a GPU
-_STOP_S = 30.0  # that a unit has to end by itself
 
 
 class LocalExecutor:
@@ -23,6 +21,7 @@ class LocalExecutor:
         threads: CPU threads of each; None: as many as torch takes.
         gpus: the visible devices; every unit gets ``processes`` of them for itself. Empty: none.
         processes: of a training, by torchrun.
+        limit_s: seconds after which a unit is ended; None: it may take any time.
     """
 
     def __init__(
@@ -31,12 +30,14 @@ class LocalExecutor:
         threads: int | None = None,
         gpus: Sequence[str] = (),
         processes: int = 1,
+        limit_s: float | None = None,
     ) -> None:
         self.workers = workers
         self.threads = threads
         self.processes = processes
         self._free = [tuple(gpus[i : i + processes]) for i in range(0, len(gpus), processes)]
-        self._running: dict[str, _Running] = {}
+        self._limit_s = limit_s
+        self._running: dict[UnitProcess, tuple[str, ...]] = {}
 
     def room(self) -> int:
         return self.workers - len(self._running)
@@ -46,67 +47,26 @@ class LocalExecutor:
         if gpus:
             visible = ("CUDA_VISIBLE_DEVICES", ",".join(gpus))
             command = replace(command, environment=(*command.environment, visible))
-        self._running[command.unit] = _Running(command, gpus)
+        self._running[UnitProcess(command, self._limit_s)] = gpus
 
     def wait(self) -> list[Ended]:
         if not self._running:
             return []
-        with selectors.DefaultSelector() as selector:
-            for running in self._running.values():
-                selector.register(running.pipe, selectors.EVENT_READ, running)
-            while True:
-                over = [key.data for key, _ in selector.select() if key.data.read()]
-                if over:
-                    return [self._end(running) for running in over]
+        over = wait_for_one(self._running.keys())
+        return [self._ended(process) for process in over]
 
     def stop(self) -> None:
-        for running in self._running.values():
-            running.signal(signal.SIGTERM)
-        for running in self._running.values():
-            running.end()
+        for process in self._running:
+            process.ask_to_end()
+        for process in self._running:
+            process.end()
         self._running.clear()
 
-    def _end(self, running: "_Running") -> Ended:
-        del self._running[running.command.unit]
-        if running.gpus:
-            self._free.append(running.gpus)
-        return running.result()
-
-
-class _Running:
-    """A unit's process and what it has printed."""
-
-    def __init__(self, command: UnitCommand, gpus: tuple[str, ...]) -> None:
-        self.command = command
-        self.gpus = gpus
-        self.process = start_process(command)
-        self.output = b""
-        assert self.process.stdout is not None
-        self.pipe = self.process.stdout
-
-    def read(self) -> bool:
-        """Reads what is there; True at the end of the output."""
-        text = os.read(self.pipe.fileno(), 1 << 16)
-        self.output += text
-        return not text
-
-    def result(self) -> Ended:
-        self.pipe.close()
-        return ended(self.command, self.process.wait(), self.output)
-
-    def signal(self, number: signal.Signals) -> None:
-        """Signals the whole group: torchrun's processes too."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
-
-    def end(self) -> None:
-        """Waits for the process, and kills it if it does not end."""
-        try:
-            self.process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self.signal(signal.SIGKILL)
-            self.process.wait()
-        self.pipe.close()
+    def _ended(self, process: UnitProcess) -> Ended:
+        gpus = self._running.pop(process)
+        if gpus:
+            self._free.append(gpus)
+        return process.result()
 
 
 def workers_here(model_bytes: int, processes: int, gpus: Sequence[str]) -> int:

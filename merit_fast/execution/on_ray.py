@@ -8,9 +8,11 @@ import secrets
 from types import ModuleType
 from typing import Any
 
-from merit_fast.execution.command import Ended, UnitCommand, run_to_end
+from merit_fast.execution.command import Ended, UnitCommand
+from merit_fast.execution.process import run_to_end
 
 _LOOK_S = 1.0  # so that an interruption is seen soon
+_NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 
 
 class RayExecutor:
@@ -22,6 +24,7 @@ class RayExecutor:
         processes: of a training, by torchrun on one node; each has ``threads`` cores.
         gpus: GPUs of each process of a unit; a fraction lets units share one.
         address: of a cluster, as ``ray.init`` takes it; None: RAY_ADDRESS, else a cluster here.
+        limit_s: seconds after which a unit is ended; None: it may take any time.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class RayExecutor:
         processes: int = 1,
         gpus: float = 0,
         address: str | None = None,
+        limit_s: float | None = None,
     ) -> None:
         self.workers = workers
         self.threads: int | None = threads
@@ -38,7 +42,9 @@ class RayExecutor:
         self._gpus = gpus
         self._tasks: dict[Any, UnitCommand] = {}
         self._ray, self._owns_ray = _connected(address)
-        self._remote = self._ray.remote(run_to_end)
+        self._limit_s = limit_s
+        self._failed_on: dict[str, set[str]] = {}  # unit -> nodes
+        self._remote = self._ray.remote(_run_here)
 
     def room(self) -> int:
         return (self.workers or len(self._tasks) + 1) - len(self._tasks)
@@ -50,8 +56,8 @@ class RayExecutor:
             num_cpus=(self.threads or 1) * processes,
             num_gpus=self._gpus * processes,
             max_retries=0,  # the driver starts a unit again, and counts
-            scheduling_strategy="SPREAD",
-        ).remote(command)
+            scheduling_strategy=self._place(command.unit),
+        ).remote(command, self._limit_s)
         self._tasks[task] = command
 
     def wait(self) -> list[Ended]:
@@ -69,14 +75,34 @@ class RayExecutor:
         if self._owns_ray:
             self._ray.shutdown()
 
+    def _place(self, unit: str) -> Any:
+        """Where a unit goes: rather to a node on which it has not failed."""
+        nodes = self._failed_on.get(unit)
+        if not nodes:
+            return "SPREAD"
+        from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
+
+        others = NotIn(*sorted(nodes))  # type: ignore[no-untyped-call]
+        return NodeLabelSchedulingStrategy(hard={}, soft={_NODE_ID: others})
+
     def _result(self, task: Any, command: UnitCommand) -> Ended:
         """A task's result; the death of its worker or node is the end of the unit."""
         try:
-            result: Ended = self._ray.get(task)
-            return result
+            result: Ended
+            result, node = self._ray.get(task)
         except self._ray.exceptions.RayError as error:
             text = str(error).strip().splitlines()[0]
             return Ended(command.unit, 1, "Ray", f"{type(error).__name__}: {text}")
+        if result.code != 0:
+            self._failed_on.setdefault(command.unit, set()).add(node)
+        return result
+
+
+def _run_here(command: UnitCommand, limit_s: float | None) -> tuple[Ended, str]:
+    """Runs a unit on the node that Ray has chosen; returns its end and the node's id."""
+    import ray
+
+    return run_to_end(command, limit_s), ray.get_runtime_context().get_node_id()
 
 
 def _connected(address: str | None) -> tuple[ModuleType, bool]:

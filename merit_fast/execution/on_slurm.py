@@ -1,5 +1,6 @@
 """Units as SLURM jobs by submitit: all that are ready go into one array."""
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +9,13 @@ from typing import Any
 import submitit
 
 from merit_fast.errors import InputError
-from merit_fast.execution.command import Ended, UnitCommand, run_to_end
+from merit_fast.execution.command import Ended, UnitCommand
+from merit_fast.execution.process import run_to_end
 
 _LOOK_S = 5.0
+_JOB_LIMITS = ("timeout_min", "slurm_time", "slurm_timeout_min", "local_timeout_min")
+_MARGIN_MIN = 5  # for a unit that its own limit ends
+_YEAR_MIN = 365 * 24 * 60
 _LOOK_HERE_S = 0.2  # at jobs of submitit's own local executor
 
 
@@ -25,9 +30,10 @@ class SubmititExecutor:
         gpus: GPUs of a job.
         cluster: "slurm", or "local" for processes of this machine; None: SLURM where it is there.
         options: of submitit's ``update_parameters``, such as slurm_partition and timeout_min.
+        limit_s: seconds after which a unit is ended; None: as many as ``options`` give a job.
 
     Raises:
-        InputError: submitit does not know an option.
+        InputError: submitit does not know an option, or nothing limits a job of SLURM.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class SubmititExecutor:
         gpus: int = 0,
         cluster: str | None = None,
         options: Mapping[str, Any] | None = None,
+        limit_s: float | None = None,
     ) -> None:
         self.workers = workers
         self.threads: int | None = threads
@@ -52,10 +59,25 @@ class SubmititExecutor:
             parameters["gpus_per_node"] = gpus
         if workers is not None:
             parameters["slurm_array_parallelism"] = workers
+        self._limit_s = limit_s
+        parameters |= self._job_limit(options or {})
         try:
             self._executor.update_parameters(**(parameters | dict(options or {})))
-        except (NameError, ValueError, TypeError) as error:
+        except (NameError, ValueError, TypeError, AssertionError) as error:
             raise InputError(f"command line: --executor-option: {error}") from None
+
+    def _job_limit(self, options: Mapping[str, Any]) -> dict[str, int]:
+        """The job's own limit, which comes after the unit's: submitit's are minutes."""
+        if any(name in options for name in _JOB_LIMITS):
+            return {}
+        if self._limit_s is not None:
+            return {"timeout_min": math.ceil(self._limit_s / 60) + _MARGIN_MIN}
+        if self._is_local:
+            return {"timeout_min": _YEAR_MIN}
+        raise InputError(
+            "command line: --unit-limit: must be given for SLURM, or slurm_time as an "
+            "--executor-option: submitit ends every job after 5 minutes"
+        )
 
     def room(self) -> int:
         running = len(self._jobs) + len(self._ready)
@@ -86,7 +108,9 @@ class SubmititExecutor:
         if not self._ready:
             return
         with self._executor.batch():
-            jobs = [self._executor.submit(run_to_end, command) for command in self._ready]
+            jobs = [
+                self._executor.submit(run_to_end, command, self._limit_s) for command in self._ready
+            ]
         self._jobs |= dict(zip(jobs, self._ready, strict=True))
         self._ready.clear()
 

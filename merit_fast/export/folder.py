@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, write_error
 from merit_fast.manifests.atomic import fsync_path
 from merit_fast.manifests.directories import own_directory
 
@@ -59,7 +59,7 @@ def _filled(folder: Path) -> Iterator[Path]:
             shutil.rmtree(unfinished)
         unfinished.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise write_error(folder, error) from None
     try:
         yield unfinished
     except BaseException:

@@ -33,11 +33,13 @@ class Form:
         entry: the stack's own description of the rows, without the file's name.
         extra: columns that are added to each row; None: the stack reads the rows as they came.
         is_joined: all rows share a file, whatever their columns are.
+        keeps_columns: rows are written with their own columns, the added ones behind them.
     """
 
     entry: dict[str, Any]
     extra: Extra | None = None
     is_joined: bool = False
+    keeps_columns: bool = True
 
     def key(self, found: Survey) -> str:
         """Equal for datasets that may share a file: columns of one name have one type in it.

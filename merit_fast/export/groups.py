@@ -28,7 +28,7 @@ from merit_fast.options.yaml import read_yaml
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.progress import Progress, SilentProgress
 
-FORMATS = ("axolotl", "llamafactory", "trl")
+FORMATS = ("axolotl", "llamafactory", "swift", "trl")
 
 
 def export_groups(
@@ -42,7 +42,7 @@ def export_groups(
 
     Args:
         outputs: the run's outputs; the split must be there and up to date.
-        stack: axolotl, llamafactory or trl.
+        stack: axolotl, llamafactory, swift or trl.
         out: the folder; files of an earlier export are replaced.
         extend: the user's own YAML of that stack, whose keys are kept; None: a minimal one.
         progress: display of the rows as they are tokenized; None: none.

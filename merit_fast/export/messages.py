@@ -97,17 +97,25 @@ def _tagged(message: Message, place: str) -> dict[str, str]:
         raise InputError(
             f"{place}: {', '.join(fields)}: llamafactory has no place for it in a turn"
         )
-    content = _content(message, lambda: "<image>")
-    text = content if isinstance(content, str) else "".join(content or ())
+    text = text_of(message)
     role = {"tool": "observation"}.get(message.role, message.role)
     if calls:
         functions = [call.get("function", call) for call in calls]
         written = [{key: call.get(key) for key in ("name", "arguments")} for call in functions]
         text += json.dumps(written, ensure_ascii=False)
         role = "function_call"
-    if thoughts:
-        text = f"<think>\n{thoughts}\n</think>\n\n{text}"
-    return {"role": role, "content": text}
+    return {"role": role, "content": with_thoughts(thoughts, text)}
+
+
+def text_of(message: Message) -> str:
+    """The content as one text, with <image> in the place of each image."""
+    content = _content(message, lambda: "<image>")
+    return content if isinstance(content, str) else "".join(content or ())
+
+
+def with_thoughts(thoughts: str | None, text: str) -> str:
+    """The text behind the reasoning, as stacks that have no field for it read both."""
+    return f"<think>\n{thoughts}\n</think>\n\n{text}" if thoughts else text
 
 
 def _message(message: Message, image: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from merit_fast.data.conversation import Conversation
@@ -27,6 +28,11 @@ class Survey:
         other_keys: further keys of the turns.
         answers_only: the loss covers the assistant's messages, all of them and no others.
         last_only: the loss covers the last message and no other.
+        fields: (role, further field of a message) -> the place of the first row that has it.
+        followers: (role, role of the next message) -> the place of the first row that has them; ""
+            stands before the first message and after the last.
+        loss_roles: roles of the messages in the loss.
+        ends_in_loss: the last message of every row is in the loss.
         shape: (place of a value in a row, its type) of all values but null.
     """
 
@@ -42,9 +48,13 @@ class Survey:
     answers_only: bool = True
     last_only: bool = True
     alternates: bool = True
+    ends_in_loss: bool = True
+    loss_roles: set[str] = field(default_factory=set)
     has_tools: bool = False
     has_images: bool = False
     has_fields: bool = False
+    fields: dict[tuple[str, str], str] = field(default_factory=dict)
+    followers: dict[tuple[str, str], str] = field(default_factory=dict)
     template_arguments: set[str] = field(default_factory=set)
     shape: set[tuple[str, str]] = field(default_factory=set)
 
@@ -114,6 +124,16 @@ def _add(found: Survey, row: ExportRow) -> None:
     found.answers_only &= row.in_loss == answers
     found.last_only &= row.in_loss == tuple(i == len(messages) - 1 for i in range(len(messages)))
     found.alternates &= is_alternating(row.conversation)
+    found.ends_in_loss &= row.in_loss[-1]
+    marked = zip(messages, row.in_loss, strict=True)
+    found.loss_roles |= {message.role for message, in_loss in marked if in_loss}
+    place = row.conversation.place
+    roles = ["", *(message.role for message in messages), ""]
+    for pair in pairwise(roles):
+        found.followers.setdefault(pair, place)
+    for message in messages:
+        for name in message.fields:
+            found.fields.setdefault((message.role, name), place)
     found.has_tools |= row.conversation.tools is not None
     found.has_images |= bool(row.conversation.images)
     found.has_fields |= any(message.fields for message in messages)

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from merit_fast.export.axolotl import axolotl_config, axolotl_form
 from merit_fast.export.chosen import Group
 from merit_fast.export.folder import IMAGES
 from merit_fast.export.form import Form, Names
-from merit_fast.export.llamafactory import llamafactory_config, llamafactory_form, needs_mask
 from merit_fast.export.rows import PartRows
 from merit_fast.export.settings import Settings
+from merit_fast.export.stacks.axolotl import axolotl_config, axolotl_form
+from merit_fast.export.stacks.llamafactory import llamafactory_config, llamafactory_form, needs_mask
+from merit_fast.export.stacks.swift import swift_config, swift_forms
+from merit_fast.export.stacks.trl import trl_config, trl_forms
 from merit_fast.export.survey import Survey, survey
-from merit_fast.export.trl import trl_config, trl_forms
 from merit_fast.export.write import write_rows
 
-Stack = Literal["axolotl", "llamafactory", "trl"]
+Stack = Literal["axolotl", "llamafactory", "swift", "trl"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def plan_files(
         InputError: the stack cannot train on a row as the run does.
     """
     found = [surveys[part.name] for part in group.train]
-    if stack == "trl":
-        forms = trl_forms(found)
+    if stack in ("trl", "swift"):
+        forms = trl_forms(found) if stack == "trl" else swift_forms(found)
     else:
         form_of = axolotl_form if stack == "axolotl" else llamafactory_form
         forms = {one.name: form_of(one, names) for one in found}
@@ -115,6 +116,10 @@ class Target:
         )
         if self.stack == "axolotl":
             return axolotl_config(train, held_out, self.settings, self.user, self.group), {}
+        if self.stack == "swift":
+            files_of_train = [path for path, _ in train]
+            own = (files_of_train, self.settings, self.user, self.group)
+            return swift_config(*own, num_rows=self.num_rows), {}
         config = trl_config(train, self.settings, self.user, self.group, num_rows=self.num_rows)
         return config, {}
 

@@ -44,7 +44,8 @@ def write_rows(
                 added = {names.dataset: row.dataset, names.id: f"{row.dataset}-{row.number}"}
                 if form.extra is not None:
                     added |= form.extra(row, images)
-                stream.write(joined(row_text(row, images), added) + b"\n")
+                own = row_text(row, images) if form.keeps_columns else b"{}"
+                stream.write(joined(own, added) + b"\n")
                 count += 1
     return count
 
@@ -52,6 +53,8 @@ def write_rows(
 def joined(text: bytes, added: dict[str, Any]) -> bytes:
     """The JSON text of an object, byte for byte, with further keys before its closing brace."""
     assert text.endswith(b"}") and added
+    if text == b"{}":
+        return _encoded(added)
     return text[:-1] + b", " + _encoded(added)[1:]
 
 

@@ -30,9 +30,13 @@ def train(config: str | Path | Mapping[str, Any], callback: StackCallback | None
         callback: None: kernels "auto", and branch.json.
 
     Raises:
-        InputError: LLaMA-Factory is not installed, the file is no mapping, or another stage is
-            asked for.
+        InputError: LLaMA-Factory is not installed, the file is no mapping, another stage is asked
+            for, or a key of ours, such as axolotl's plugin has.
     """
+    values = read_yaml(Path(config)) if isinstance(config, str | Path) else dict(config)
+    if not isinstance(values, Mapping):
+        raise InputError(f"{config}: must be a mapping of keys, got {type(values).__name__}")
+    _check_keys(values)
     try:
         from llamafactory.train.tuner import run_exp
     except ImportError as error:
@@ -40,13 +44,23 @@ def train(config: str | Path | Mapping[str, Any], callback: StackCallback | None
             f"merit_fast.integrations.llamafactory needs LLaMA-Factory: pip install llamafactory "
             f"({error})"
         ) from error
-    values = read_yaml(Path(config)) if isinstance(config, str | Path) else dict(config)
-    if not isinstance(values, Mapping):
-        raise InputError(f"{config}: must be a mapping of keys, got {type(values).__name__}")
+    run_exp(args=dict(values), callbacks=[callback or StackCallback()])
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    """Refuses what the callback cannot do here."""
     stage = values.get("stage", "sft")
     if stage not in ("sft", "pt"):
         raise InputError(f"stage: must be sft or pt, whose tokens can be counted, got {stage!r}")
-    run_exp(args=dict(values), callbacks=[callback or StackCallback()])
+    if "merit_losses" in values:
+        raise InputError(
+            "merit_losses: must be absent: LLaMA-Factory's rows lose their dataset when it "
+            "tokenizes them, and its callbacks see no batch; take engine trl, axolotl or swift for "
+            "losses per dataset"
+        )
+    ours = next((key for key in values if str(key).startswith("merit_")), None)
+    if ours is not None:
+        raise InputError(f"{ours}: must be absent: it is a key of merit_fast's axolotl plugin")
 
 
 def main(words: Sequence[str]) -> int:

@@ -4,7 +4,9 @@ A crash leaves the old content or the new, never a mixture, and a rename that re
 power cut.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -19,8 +21,23 @@ def write_bytes(path: Path, data: bytes, fsync: bool = True) -> None:
     Without ``fsync`` a power cut may leave the file empty; a killed process leaves it whole.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    replace_file(temporary, path, fsync)
+    try:
+        with naming(path):
+            temporary.write_bytes(data)
+            replace_file(temporary, path, fsync)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names ``path`` in an OSError of the block: a write names no file, a rename the temporary."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def replace_file(temporary: Path, path: Path, fsync: bool = True) -> None:

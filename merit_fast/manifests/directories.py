@@ -7,18 +7,22 @@ resumes.
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from merit_fast.errors import InputError
-from merit_fast.manifests.atomic import fsync_path, write_text
+from merit_fast.errors import InputError, write_error
+from merit_fast.manifests.atomic import fsync_path, link_file, write_text
 from merit_fast.manifests.hashes import compare_files, record_files
 from merit_fast.manifests.io import STAGE_FILE, StageManifest, read_manifest, write_manifest
-from merit_fast.manifests.kept import RECORD_SUFFIX, read_records, remove_records
+from merit_fast.manifests.kept import RECORD_SUFFIX, put_record, read_records, remove_records
 from merit_fast.manifests.ledger import adopt
 from merit_fast.manifests.locks import check_owners, claim, exclusive, locks_of, this_process
 from merit_fast.records import replace
+from merit_fast.threads import map_in_threads
 
+_THREADS = 8  # one commit of the file system's journal serves all that wait for it
+_WEIGHTS = ".safetensors"
 _MARKER = "fingerprint"  # file in NAME.tmp: only a run of this fingerprint resumes it
 
 
@@ -52,6 +56,36 @@ def output_directory(
         temporary = begin_directory(path, manifest.fingerprint, keep_work)
         yield temporary
         finish_directory(temporary, path, manifest, fsync, keep_old)
+
+
+@contextlib.contextmanager
+def copied_directory(
+    path: Path, stage_text: str, fingerprint: str, keep_old: Path | None = None
+) -> Iterator[Path]:
+    """Yields ``path.tmp`` to fill with a copy of a finished output, then renames it to ``path``.
+
+    Files that the copy's stage.json does not name are removed from ``path.tmp``: a stage that was
+    killed here may have left some.
+
+    Args:
+        path: the output.
+        stage_text: stage.json of the output, which the copy gets word for word.
+        fingerprint: the output's.
+        keep_old: as in ``output_directory``.
+
+    Raises:
+        LockedError: another process owns the output.
+        InputError: see ``begin_directory``.
+    """
+    with own_directory(path, fingerprint):
+        temporary = begin_directory(path, fingerprint)
+        yield temporary
+        write_text(temporary / STAGE_FILE, stage_text)
+        named = {STAGE_FILE, *read_manifest(StageManifest, temporary / STAGE_FILE).files}
+        for file in list(temporary.rglob("*")):
+            if file.is_file() and file.relative_to(temporary).as_posix() not in named:
+                file.unlink()
+        commit_directory(temporary, path, keep_old=keep_old)
 
 
 def own_directory(path: Path, fingerprint: str) -> contextlib.AbstractContextManager[None]:
@@ -88,7 +122,7 @@ def begin_directory(
                 write_text(marker, fingerprint, fsync)
                 (temporary / STAGE_FILE).unlink(missing_ok=True)  # of the other fingerprint
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        raise write_error(path, error) from None
     return temporary
 
 
@@ -126,10 +160,13 @@ def finish_directory(
         for name, (size, _, digest) in records.items()
         if name not in (_MARKER, STAGE_FILE) and not name.endswith(RECORD_SUFFIX)
     }
-    write_manifest(replace(manifest, files=files), temporary / STAGE_FILE, fsync)
+    write_manifest(replace(manifest, files=files), temporary / STAGE_FILE, fsync=False)
+    _seal(temporary, fsync)
     remove_records(temporary)
-    (temporary / _MARKER).unlink()
-    commit_directory(temporary, path, fsync, keep_old)
+    (temporary / _MARKER).unlink()  # after a power cut, stage.json or the marker names the owner
+    if fsync:
+        fsync_path(temporary)
+    _publish(temporary, path, fsync, keep_old)
 
 
 def commit_directory(
@@ -143,15 +180,26 @@ def commit_directory(
         fsync: whether all files reach the disk before the rename.
         keep_old: place to which the replaced directory moves; None: it is removed.
     """
+    _seal(temporary, fsync)
+    _publish(temporary, path, fsync, keep_old)
+
+
+def _seal(folder: Path, fsync: bool) -> None:
+    """Gives every file of a folder the usual mode; ``fsync``: all of it is on the disk then."""
     mask = os.umask(0)
     os.umask(mask)
-    for file in sorted(temporary.rglob("*")):
-        if file.is_file():
-            file.chmod(0o666 & ~mask)  # safetensors' writer makes 0600 whatever the umask
-        if fsync:
-            fsync_path(file)
+    mode = 0o666 & ~mask
+    inside = list(folder.rglob("*"))
+    for file in inside:
+        status = file.stat()
+        if stat.S_ISREG(status.st_mode) and stat.S_IMODE(status.st_mode) != mode:
+            file.chmod(mode)  # safetensors' writer makes 0600 whatever the umask
     if fsync:
-        fsync_path(temporary)
+        map_in_threads(fsync_path, [*inside, folder], _THREADS)
+
+
+def _publish(temporary: Path, path: Path, fsync: bool, keep_old: Path | None) -> None:
+    """Renames a sealed folder to ``path``; see ``commit_directory``."""
     old = path.with_name(path.name + ".old")
     if path.exists():
         _remove(keep_old or old, ignore_errors=True)
@@ -196,3 +244,27 @@ def is_complete(path: Path, expected_fingerprint: str) -> bool:
     except InputError:  # absent, damaged or of another version
         return False
     return manifest.fingerprint == expected_fingerprint
+
+
+def has_whole_files(path: Path, expected_fingerprint: str) -> bool:
+    """Whether ``path`` is complete and its files have their sizes; no file is hashed."""
+    try:
+        manifest = read_manifest(StageManifest, path / STAGE_FILE)
+        sizes = {name: (path / name).stat().st_size for name in manifest.files}
+    except (InputError, OSError):  # absent, damaged or of another version
+        return False
+    recorded = {name: size for name, (size, _) in manifest.files.items()}
+    return manifest.fingerprint == expected_fingerprint and sizes == recorded
+
+
+def take_files(finished: Path, directory: Path) -> None:
+    """Links the weight files of a finished output into an unfinished one, with their records.
+
+    The writer of ``directory`` compares their bytes with the records.
+    """
+    files = read_manifest(StageManifest, finished / STAGE_FILE).files
+    for name, (_, digest) in files.items():
+        if name.endswith(_WEIGHTS):
+            link_file(finished / name, directory / name)
+            status = (directory / name).stat()
+            put_record(directory / name, (status.st_size, status.st_mtime_ns, digest))

@@ -37,10 +37,10 @@ def checksum(file: Path) -> str:
     return str(digest.hexdigest())
 
 
-def file_record(file: Path) -> FileRecord:
-    """Size, time and hash of a file."""
+def file_record(file: Path, digest: str | None = None) -> FileRecord:
+    """Size, time and hash of a file; ``digest`` is a hash that was taken while it was written."""
     status = file.stat()
-    return status.st_size, status.st_mtime_ns, checksum(file)
+    return status.st_size, status.st_mtime_ns, digest or checksum(file)
 
 
 def list_files(directory: Path) -> list[str]:

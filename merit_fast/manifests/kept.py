@@ -13,9 +13,21 @@ from merit_fast.manifests.hashes import FileRecord, checksum, file_record
 RECORD_SUFFIX = ".xxh3_128"
 
 
-def write_record(final: Path, written: Path, fsync: bool = True) -> None:
-    """Hashes the complete file ``written``, which is about to be renamed to ``final``."""
-    write_text(record_of_file(final), json.dumps(file_record(written)), fsync)
+def write_record(final: Path, written: Path, digest: str | None = None) -> None:
+    """Records the complete file ``written``, which is about to be renamed to ``final``.
+
+    Args:
+        digest: the file's hash; None: it is taken now.
+    """
+    put_record(final, file_record(written, digest))
+
+
+def put_record(final: Path, record: FileRecord) -> None:
+    """Writes the record of ``final``.
+
+    A power cut may take the record away: then the file counts as not proved.
+    """
+    write_text(record_of_file(final), json.dumps(record), fsync=False)
 
 
 def read_record(final: Path) -> FileRecord | None:

@@ -121,6 +121,8 @@ def update_ledger(root: Path, change: Callable[[Ledger], Ledger]) -> Ledger:
             before = None
         after = change(before or rebuild_ledger(root))
         if after != before:
+            for dead in root.glob(f"{LEDGER_FILE}.*.tmp"):  # of writers that were killed
+                dead.unlink(missing_ok=True)
             write_manifest(after, root / LEDGER_FILE)
     return after
 

@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, write_error
+from merit_fast.manifests.atomic import naming
 from merit_fast.records import record, to_dict
 
 LOCKS_FOLDER = ".locks"
@@ -101,7 +102,7 @@ def claim(folder: Path, owner: Owner, what: Path | str) -> Iterator[None]:
     try:
         descriptor = _claim(folder, mine, owner, what)
     except OSError as error:
-        raise InputError(f"{what}: cannot be written: {error.strerror}") from None
+        raise write_error(what, error) from None
     try:
         yield
     finally:
@@ -192,7 +193,8 @@ def exclusive(lock: Path, owner: Owner | None = None, wait: bool = True) -> Iter
         _close(descriptor)  # the previous holder has removed this file: try the next one
     try:
         if owner is not None:
-            _write_owner(descriptor, owner)
+            with naming(lock):
+                _write_owner(descriptor, owner)
         yield
     finally:
         _release(lock, descriptor)

@@ -1,6 +1,7 @@
 """What the self-check of a sketch has found, as it stands next to the files of sums."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from merit_fast.records import field, record
@@ -59,6 +60,12 @@ class SketchCheck:
         """The check that ``bounds`` describes, with its bounds as its errors."""
         slow = dict.fromkeys(bounds["slow_parameters"], "took a backward pass per example")
         return cls(bounds["row_error_below"], bounds["sum_error_below"], 0, slow_parameters=slow)
+
+
+def merged_checks(checks: Iterable[SketchCheck | None]) -> SketchCheck | None:
+    """The largest errors of several checks; None if nothing was checked."""
+    found = [check for check in checks if check is not None]
+    return functools.reduce(SketchCheck.merged, found) if found else None
 
 
 def _bound(error: float) -> float:

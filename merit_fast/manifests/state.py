@@ -40,7 +40,12 @@ class OutputState:
 
 
 def check_output(
-    root: Path, name: str, fingerprint: str | None, ledger: Ledger, whole: bool = False
+    root: Path,
+    name: str,
+    fingerprint: str | None,
+    ledger: Ledger,
+    whole: bool = False,
+    partial: bool = False,
 ) -> OutputState:
     """Compares an output with the ledger, or with its own stage.json if the ledger lacks it.
 
@@ -50,6 +55,7 @@ def check_output(
         fingerprint: the one that the output must have; None: any.
         ledger: the run's ledger.
         whole: hash every file.
+        partial: files that are no JSON may be absent; they lie in a store.
 
     Returns:
         The state. Its record has the present mtimes of all files if nothing is wrong.
@@ -68,7 +74,14 @@ def check_output(
         return foreign
     if fingerprint is not None and record.fingerprint != fingerprint:
         return OutputState("other config", "", record)
-    damage, files = compare_files(directory, record.files, whole)
+    recorded = record.files
+    if partial:
+        recorded = {
+            file: known
+            for file, known in recorded.items()
+            if file.endswith(".json") or (directory / file).exists()
+        }
+    damage, files = compare_files(directory, recorded, whole)
     if damage is not None:
         return OutputState("damaged", _describe(name, damage), record, damage.is_surplus)
     return OutputState("up to date", "", replace(record, files=files))

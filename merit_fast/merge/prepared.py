@@ -21,11 +21,7 @@ from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.memory import fit_memory
 from merit_fast.merge.engine.notes.dtypes import dtype_reason
 from merit_fast.merge.engine.plan import Plan
-from merit_fast.merge.engine.prepare import (
-    Inputs,
-    make_plan,
-    read_inputs,
-)
+from merit_fast.merge.engine.prepare import Inputs, make_plan, read_inputs
 from merit_fast.merge.read.files import folder_of
 from merit_fast.merge.read.remote import Location, RemotePath
 from merit_fast.merge.read.slices import Slice, describe_slices, write_depth
@@ -103,6 +99,13 @@ class PreparedMerge:
         writer.write(plan.shards)
         writer.prove(plan.shards)
         self._finish(plan, directory, {})
+
+    def write_files(self, directory: Path, progress: Progress, share: Share) -> None:
+        """Writes this share's weight files, and no other file, into an unfinished directory."""
+        writer = ShardWriter(self.config, directory, progress)
+        shards = share_of(self._plan(progress, directory), share)
+        writer.write(shards)
+        writer.prove(shards)
 
     def write(
         self,
@@ -212,9 +215,9 @@ class PreparedMerge:
         if self.slices:
             write_depth(directory, self.slices)
         for name, text in records.items():
-            write_text(directory / name, text, self.config.fsync)
+            write_text(directory / name, text, fsync=False)  # with the whole output
         card = model_card(self._card_facts(), directory)
-        write_text(directory / CARD_FILE, card, self.config.fsync)
+        write_text(directory / CARD_FILE, card, fsync=False)
 
     def _card_facts(self) -> CardFacts:
         reason = self._dtype_reason()

@@ -132,9 +132,8 @@ def _job(branch: Branch, outputs: Outputs, data: RunData) -> "tuple[BranchJob, T
         held_out=() if recipe.evaluate_steps is None else tuple(data.watched),
         tracked=outputs.root / TRACKERS_FOLDER / branch.name,
     )
-    train = outputs.config.train
-    shard = "none" if branch.name == WARMUP else train.shard  # the warm-up has one process
-    return job, replace(recipe, report_to=train.report_to, shard=shard)
+    shard = "none" if branch.name == WARMUP else outputs.shard  # the warm-up has one process
+    return job, replace(recipe, report_to=outputs.config.train.report_to, shard=shard)
 
 
 def _warn_of_few_steps(outputs: Outputs, progress: Progress, noted: set[str]) -> None:

@@ -105,7 +105,12 @@ def _refuse_old_keys(values: dict[str, Any], where: str) -> None:
 
 
 def write_run_config(config: RunConfig, path: Path) -> None:
-    """Writes the resolved config with every default, so that running it repeats the run.
+    """Writes the resolved config with every default, so that running it repeats the run."""
+    write_text(path, run_config_text(config, path.parent))
+
+
+def run_config_text(config: RunConfig, folder: Path) -> str:
+    """The resolved config as YAML, for a file in ``folder``.
 
     The paths of model, rows and template are absolute; ``output`` counts from the file's folder.
     So the file replays from any directory, also after the run has moved.
@@ -116,8 +121,8 @@ def write_run_config(config: RunConfig, path: Path) -> None:
         if local.exists() or not (is_hub_id(mapping[key]) or is_url(mapping[key])):
             mapping[key] = str(local.absolute())
     output = Path(config.output).expanduser().absolute()
-    plain["output"] = os.path.relpath(output, path.parent.absolute())
-    write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    plain["output"] = os.path.relpath(output, folder.absolute())
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
 def settle_dtypes(config: RunConfig) -> RunConfig:

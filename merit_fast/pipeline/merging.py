@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import TUNE_FILE, AuditManifest, TuneManifest
 from merit_fast.manifests.stages import AUDIT
-from merit_fast.merge import RunFacts, merge_branches, resolve_weights
+from merit_fast.merge import RunFacts, merge_branches, prepare_merge, resolve_weights
 from merit_fast.pipeline.data import RunData
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.progress import Progress
@@ -33,9 +33,7 @@ def merge_model(
     Raises:
         MeritFastError: a branch is absent or was made from another config.
     """
-    for branch in outputs.plan.merges[name]:
-        outputs.require(outputs.branch_path(branch), outputs.branch(outputs.branches[branch]))
-    paths = outputs.merge_inputs(name)
+    paths = _finished_branches(name, outputs)
     config = outputs.config.merge
     if config.is_tuned:
         tuned = _tune_merge(name, directory, outputs, data, progress)
@@ -47,6 +45,32 @@ def merge_model(
     merge_branches(
         paths, weights, outputs.start, directory, config, progress, facts, keep_records=True
     )
+
+
+def merge_share(
+    name: str, directory: Path, outputs: Outputs, progress: Progress, share: tuple[int, int]
+) -> None:
+    """Writes a share (i, n) of the weight files of a merge that is not tuned.
+
+    Raises:
+        MeritFastError: a branch is absent or was made from another config.
+    """
+    paths = _finished_branches(name, outputs)
+    config = outputs.config.merge
+    weights = resolve_weights(paths, config)
+    merge = prepare_merge(paths, weights, outputs.start, config)
+    merge.write_files(directory, progress, share)
+
+
+def _finished_branches(name: str, outputs: Outputs) -> list[Path]:
+    """Directories of a merge's branches.
+
+    Raises:
+        MeritFastError: a branch is absent or was made from another config.
+    """
+    for branch in outputs.plan.merges[name]:
+        outputs.require(outputs.branch_path(branch), outputs.branch(outputs.branches[branch]))
+    return outputs.merge_inputs(name)
 
 
 def _tune_merge(

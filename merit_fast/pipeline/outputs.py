@@ -7,6 +7,7 @@ have work to do, before anything heavy is imported.
 import functools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merit_fast.data import dataset_fingerprints, mixture_fingerprint
 from merit_fast.data.config import DataConfig, DatasetConfig, Part
@@ -34,6 +35,9 @@ from merit_fast.pipeline.reporting import audit_options, report_options
 from merit_fast.sketch.config import SketchConfig
 from merit_fast.train.config import TrainConfig
 
+if TYPE_CHECKING:
+    from merit_fast.pipeline.storage.store import OutputStore
+
 _RUN_BY = {stage.name: stage.run_by for stage in (*STAGES, AUDIT)}
 
 
@@ -41,14 +45,23 @@ class Outputs:
     """The outputs of one configured run.
 
     ``command`` with {stage} is the command line that error messages name. ``verify``: hash all.
+    ``store``: the finished outputs lie there, and the run's folder holds copies.
     """
 
-    def __init__(self, config: RunConfig, command: str, verify: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        command: str,
+        verify: bool = False,
+        store: "OutputStore | None" = None,
+    ) -> None:
         self.config = settle_dtypes(config)
         self.command = command
+        self.store = store
         self.root = Path(config.output)
         self.base = resolve_model(config.model)
         self.records = Records(self.root, verify)
+        self.shard = config.train.shard  # "auto" until the processes of a training settle it
 
     def folder(self, stage: Stage) -> Path:
         """The folder of a stage's output."""
@@ -76,22 +89,11 @@ class Outputs:
         command = self.command.format(stage=_RUN_BY[manifest.stage])
         raise MeritFastError(f"{found}; run first: {command}")
 
-    def expected(self) -> dict[Path, StageManifest]:
-        """Every output by its path; those after the split only if the split is up to date."""
-        expected = {self.folder(SKETCH): self.sketch, self.folder(SPLIT): self.split}
-        if self.config.split.warmup:
-            expected = {self.branch_path(WARMUP): self.branch(self.warmup), **expected}
-        if not self.records.check(self.folder(SPLIT), self.split.fingerprint).is_current:
-            return expected
-        for branch in self.plan.trained:
-            expected[self.branch_path(branch.name)] = self.branch(branch)
-        for name in self.plan.merges:
-            expected[self.merge_path(name)] = self.merge(name)
-        expected[self.folder(EVALUATE)] = self.evaluate
-        if self.config.evaluate.audit:
-            expected[self.folder(AUDIT)] = self.audit
-        expected[self.folder(REPORT)] = self.report
-        return expected
+    def is_finished(self, path: Path, manifest: StageManifest) -> bool:
+        """Whether the output is finished: in the store if the run has one, else here, undamaged."""
+        if self.store:
+            return self.store.has(self.records.name(path), manifest.fingerprint)
+        return self.records.check(path, manifest.fingerprint).is_current
 
     def put_in_force(self, again: bool) -> None:
         """Writes the split in force and its branches into the ledger.
@@ -199,7 +201,8 @@ class Outputs:
     def sketch(self) -> StageManifest:
         """The sketch's manifest; a config without a store takes an output that has one more."""
         config = self.config.split.sketch_config()
-        return sketch_in_force(self.folder(SKETCH), config, self._sketch)
+        here = self.folder(SKETCH)  # a store has an output for each config
+        return self._sketch(config) if self.store else sketch_in_force(here, config, self._sketch)
 
     def _sketch(self, config: SketchConfig) -> StageManifest:
         inputs = {"start": self.start_fingerprint, "mixture": self.train_fingerprint}
@@ -285,7 +288,7 @@ class Outputs:
         return {
             stage: manifest
             for stage, manifest in results.items()
-            if self.records.check(self.folder(stage), manifest.fingerprint).is_current
+            if self.is_finished(self.folder(stage), manifest)
         }
 
     def _merges_of(self, names: Iterable[str]) -> dict[str, str]:

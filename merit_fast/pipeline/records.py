@@ -38,6 +38,7 @@ class Records:
     def __init__(self, root: Path, whole: bool = False) -> None:
         self.root = root
         self.whole = whole
+        self.partial: set[str] = set()  # outputs of which only JSON files are needed here
         self._hashed: set[str] = set()  # outputs whose every file this object has hashed
         ledger, self.problem = open_ledger(root)
         self.hashes = HashCache(ledger.inputs, whole)
@@ -61,23 +62,25 @@ class Records:
         name = self.name(path)
         ledger = self.ledger()
         whole = self.whole and name not in self._hashed
-        state = check_output(self.root, name, fingerprint, ledger, whole)
+        is_partial = name in self.partial
+        state = check_output(self.root, name, fingerprint, ledger, whole, is_partial)
         if not state.is_current:
             return state
         self._hashed.add(name)
         known = ledger.old if name.startswith(OLD_BRANCHES) else ledger.outputs
-        if keep and state.record is not None and state.record != known.get(name):
+        if keep and not is_partial and state.record is not None and state.record != known.get(name):
             self._put(name, state.record)
         return state
 
-    def add(self, path: Path, seconds: float) -> None:
-        """Records an output that has just been finished."""
+    def add(self, path: Path, seconds: float | None) -> None:
+        """Records an output that has just been finished; ``seconds`` of work: None: not known."""
         manifest = read_manifest(StageManifest, path / STAGE_FILE)
         files = {
             name: (size, (path / name).stat().st_mtime_ns, digest)
             for name, (size, digest) in manifest.files.items()
         }
-        record = record_of(manifest, adopt(path).files | files, round(seconds, 3))
+        seconds = None if seconds is None else round(seconds, 3)
+        record = record_of(manifest, adopt(path).files | files, seconds)
         self._put(self.name(path), record)
         self._hashed.add(self.name(path))
 

@@ -6,6 +6,7 @@ Stages meet only in files; ``outputs`` knows their paths and when they are up to
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from merit_fast.progress import Progress, SilentProgress
 from merit_fast.train.parallel.world import require_one_process, world_size
 
 if TYPE_CHECKING:
+    from merit_fast.merge.read.remote import RemotePath
+    from merit_fast.pipeline.storage.store import OutputStore
     from merit_fast.train.parallel.ranks import Ranks
 
 
@@ -36,6 +39,7 @@ class Run:
 
     ``verify``: hash every file of the outputs and inputs. ``overwrite``: do not keep a trained
     branch that is replaced. ``dry_run``: ``preflight`` only; tokenized rows are not kept.
+    ``store``: see ``Outputs``; ``units.stored`` brings inputs here and outputs there.
     """
 
     def __init__(
@@ -47,9 +51,10 @@ class Run:
         verify: bool = False,
         overwrite: bool = False,
         dry_run: bool = False,
+        store: "OutputStore | None" = None,
     ) -> None:
         self.progress = progress or SilentProgress()
-        self.outputs = Outputs(config, command, verify)
+        self.outputs = Outputs(config, command, verify, store)
         self._upkeep = Upkeep(self.outputs, self.progress, keep_replaced=not overwrite)
         self.config = self.outputs.config
         self.data = RunData(self.outputs, self.progress, writes=not dry_run)
@@ -61,10 +66,33 @@ class Run:
 
     # ---- stages
     def sketch(self) -> bool:
-        if self.config.split.warmup:
-            self.warm_up()
-        folder = self.outputs.folder(SKETCH)
-        return self.bring_up_to_date(folder, self.outputs.sketch, self.work.sketch)
+        """Sketches the datasets; the processes that torchrun started share the passes."""
+        split = self.config.split
+        if world_size() == 1:
+            if split.warmup:
+                self.warm_up()
+            return self._sketch(None)
+        for key in ("warmup", "normalize"):
+            if getattr(split, key):
+                require_one_process(f"split.{key} {getattr(split, key)}")
+        from merit_fast.train.parallel.ranks import joined_ranks
+
+        with joined_ranks() as ranks:
+            if not ranks.leads:
+                while (message := ranks.tell(None)) is not None:
+                    self.work.sketch(Path(message[0]), ranks=ranks)
+                return False
+            worked = self._sketch(ranks)
+            ranks.tell(None)
+            return worked
+
+    def _sketch(self, ranks: "Ranks | None") -> bool:
+        def work(directory: Path) -> None:
+            if ranks is not None:
+                ranks.tell((str(directory),))
+            self.work.sketch(directory, ranks=ranks)
+
+        return self.bring_up_to_date(self.outputs.folder(SKETCH), self.outputs.sketch, work)
 
     def split(self) -> bool:
         folder = self.outputs.folder(SPLIT)
@@ -85,6 +113,7 @@ class Run:
         from merit_fast.train.parallel.ranks import joined_ranks
 
         with joined_ranks() as ranks:
+            self._settle_shard(ranks)
             if not ranks.leads:
                 follow_leader(self.outputs, self.data, ranks)
                 return False
@@ -92,12 +121,38 @@ class Run:
             ranks.tell(None)
             return worked
 
+    def _settle_shard(self, ranks: "Ranks") -> None:
+        """Lets the leader choose for all processes where ``train.shard`` is auto."""
+        from merit_fast.pipeline.preflight.memory import settle_shard
+        from merit_fast.pipeline.preflight.training import check_division
+
+        train = self.config.train
+        if train.shard != "auto":
+            return
+        settled = None
+        if ranks.leads:
+            settled = (settle_shard(self.outputs.base, train, self.progress.note),)
+        told = ranks.tell(settled)
+        assert told is not None
+        self.outputs.shard = "full" if told[0] == "full" else "none"
+        if self.outputs.shard == "full":
+            replace(train, shard="full")  # its rules
+            check_division(self.outputs.base, train)
+
     def warm_up(self) -> bool:
         """Trains the joint run before the sketch, where ``split.warmup`` asks for one."""
         warmup = self.outputs.warmup
         with self.claim():
             adopt_branches([warmup], self.outputs, self.progress)
             return self._train(warmup)
+
+    def release_followers(self) -> None:
+        """Ends the other processes that torchrun has started, where there is nothing to train."""
+        if world_size() > 1:
+            from merit_fast.train.parallel.ranks import joined_ranks
+
+            with joined_ranks() as ranks:
+                ranks.tell(None)
 
     def _train_all(self, ranks: "Ranks | None", only: str | None) -> bool:
         plan = self.outputs.plan
@@ -166,6 +221,10 @@ class Run:
             outputs.require(outputs.merge_path(name), outputs.merge(name))
         evaluation = read_manifest(EvaluateManifest, outputs.file(EVALUATE))
         tuned = read_tuned(outputs.root, evaluation)
+        merged: Path | RemotePath = outputs.merge_path("merit")
+        if outputs.store is not None:  # which has the weights
+            name = outputs.records.name(outputs.merge_path("merit"))
+            merged = outputs.store.folder(name, outputs.merge("merit").fingerprint)
         return {
             "arms": {name: to_plain(result) for name, result in evaluation.arms.items()},
             "branches": {name: to_plain(result) for name, result in evaluation.branches.items()},
@@ -175,7 +234,7 @@ class Run:
             "merging_gain": evaluation.merging_gain["merit"].gain,
             "merging_gains": {arm: gain.gain for arm, gain in evaluation.merging_gain.items()},
             "tuned": {arm: to_plain(manifest) for arm, manifest in tuned.items()},
-            "merged": str(outputs.merge_path("merit")),
+            "merged": str(merged),
             "report": str(outputs.file(REPORT)),
         }
 
@@ -199,6 +258,18 @@ class Run:
 
         with self.claim():
             return self._upkeep.bring(path, manifest, work_and_config)
+
+    def take(self, path: Path, manifest: StageManifest, whole: bool = True) -> None:
+        """Makes ``path`` a copy of a finished output of the run's store, if it is not one yet.
+
+        ``whole``: False: of its JSON files only.
+
+        Raises:
+            MeritFastError: the store cannot be read, or a file there is not as it was sent.
+        """
+        assert self.outputs.store is not None
+        with self.claim():
+            self._upkeep.take(path, manifest, self.outputs.store, whole)
 
 
 def check_output(config: RunConfig) -> None:

@@ -4,10 +4,12 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from merit_fast.errors import InputError
+from merit_fast.errors import InputError, MeritFastError, no_space
 from merit_fast.manifests.directories import (
     commit_directory,
+    copied_directory,
     output_directory,
     recover_directory,
 )
@@ -25,6 +27,9 @@ from merit_fast.manifests.state import AGAIN, OutputState, check_output, differe
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.records import config_fingerprint, old_place
 from merit_fast.progress import Progress
+
+if TYPE_CHECKING:
+    from merit_fast.pipeline.storage.store import OutputStore
 
 
 class Upkeep:
@@ -97,9 +102,7 @@ class Upkeep:
             if state.is_current:
                 self.progress.note(f"{name}: up to date")
                 return False
-            if state.state == "foreign" or state.is_surplus:
-                where = "" if state.state == "foreign" else f"{self.outputs.root}/"
-                raise InputError(f"{where}{state.detail}; move it away")
+            self._refuse_foreign(state)
             if self._take_up(path, manifest, state):
                 return False
             if state.state != "absent":
@@ -107,13 +110,42 @@ class Upkeep:
             keep_old = self._keep(name, state)
             started = time.perf_counter()
             keep_work = manifest.stage == SKETCH.name  # each dataset's file is checked by itself
-            with output_directory(
-                path, manifest, keep_old=keep_old, keep_work=keep_work
-            ) as directory:
+            with (
+                _with_full_disks_named(path),
+                output_directory(
+                    path, manifest, keep_old=keep_old, keep_work=keep_work
+                ) as directory,
+            ):
                 work(directory)
             self._record_old(keep_old)
             self.records.add(path, time.perf_counter() - started)
         return True
+
+    def take(self, path: Path, manifest: StageManifest, store: "OutputStore", whole: bool) -> None:
+        """Makes ``path`` a copy of a finished output of the store, unless it is up to date.
+
+        ``whole``: False: of its JSON files only; the copy counts in this process only.
+
+        Raises:
+            InputError: the path holds a file or is a folder that is not ours.
+            MeritFastError: see ``OutputStore.fetch``.
+        """
+        name = self.records.name(path)
+        if not whole:
+            self.records.partial.add(name)
+        with self._locked(name):
+            state = self._recovered(path, manifest)
+            if state.is_current:
+                return
+            self._refuse_foreign(state)
+            keep_old = self._keep(name, state)
+            digest = manifest.fingerprint
+            text = store.stage_text(name, digest)
+            with copied_directory(path, text, digest, keep_old) as directory:
+                store.fetch(name, digest, directory, path, whole)
+            self._record_old(keep_old)
+            if whole:
+                self.records.add(path, None)
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -129,6 +161,11 @@ class Upkeep:
                 self.progress.note(f"{name}: {other} makes it; waiting for it")
                 stack.enter_context(exclusive(lock, self.owner))
             yield
+
+    def _refuse_foreign(self, state: OutputState) -> None:
+        if state.state == "foreign" or state.is_surplus:
+            where = "" if state.state == "foreign" else f"{self.outputs.root}/"
+            raise InputError(f"{where}{state.detail}; move it away")
 
     def _recovered(self, path: Path, manifest: StageManifest) -> OutputState:
         """The state of an output, after a finished ``NAME.tmp`` has got its name."""
@@ -185,3 +222,18 @@ class Upkeep:
 
     def _unclaim(self) -> None:
         self._claims -= 1
+
+
+@contextlib.contextmanager
+def _with_full_disks_named(path: Path) -> Iterator[None]:
+    """Names a file or the output in the error of a full disk: those of libraries name none."""
+    try:
+        yield
+    except MeritFastError:
+        raise
+    except Exception as error:
+        reason = no_space(error)
+        if reason is None:
+            raise
+        file = getattr(error, "filename", None) or path
+        raise MeritFastError(f"{file}: {reason}") from error

@@ -1,16 +1,24 @@
 """The work of every stage of a run, each in its output directory under its temporary name."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merit_fast.manifests.directories import take_files
 from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest
 from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT
 from merit_fast.pipeline.arms import Branch
 from merit_fast.pipeline.branches import train_planned
 from merit_fast.pipeline.data import RunData
-from merit_fast.pipeline.merging import audit_arms, evaluated_models, merge_model, models_of
+from merit_fast.pipeline.merging import (
+    audit_arms,
+    evaluated_models,
+    merge_model,
+    merge_share,
+    models_of,
+)
 from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.reporting import report_options, sketch_position
 from merit_fast.progress import Progress
@@ -18,6 +26,7 @@ from merit_fast.report import split_lines
 
 if TYPE_CHECKING:
     from merit_fast.evaluate.models import EvaluationInputs
+    from merit_fast.sketch.divided.crew import Crew
     from merit_fast.train.parallel.ranks import Ranks
 
 
@@ -34,11 +43,17 @@ class Work:
         self._noted: set[str] = set()  # notes of train that this run has shown
 
     def sketch(
-        self, directory: Path, earlier: Sequence[Path] = (), only: str | None = None
+        self,
+        directory: Path,
+        earlier: Sequence[Path] = (),
+        only: str | None = None,
+        share: tuple[int, int] | None = None,
+        ranks: "Ranks | None" = None,
     ) -> None:
-        """Sketches all datasets, or ``only`` one.
+        """Sketches all datasets, or ``only`` one, or a share (i, n) of its spans.
 
-        ``earlier``: finished outputs or parts; equal sums are taken from them.
+        ``earlier``: finished outputs or parts; equal sums are taken from them. ``ranks``: the
+        processes that sketch together; all of them call this.
         """
         from merit_fast.sketch import sketch_mixture
 
@@ -54,6 +69,39 @@ class Work:
             (outputs.folder(SKETCH), *earlier),
             outputs.config.train.freeze,
             only=only,
+            share=share,
+            crew=self._crew(ranks),
+        )
+
+    def _crew(self, ranks: "Ranks | None") -> "Crew":
+        """The processes that share the passes of a sketch, and the model that they divide."""
+        from merit_fast.sketch.divided.crew import Crew
+
+        if ranks is None:
+            return Crew()
+        from merit_fast.train.parallel.load import load_divided_model
+
+        split = self.outputs.config.split
+        load = functools.partial(
+            load_divided_model, str(self.outputs.start), split.dtype, ranks, "split.memory"
+        )
+        return Crew(ranks.rank, ranks.size, load if split.memory == "divided" else None)
+
+    def factors(self, directory: Path) -> None:
+        """Collects K-FAC's factors of all datasets."""
+        from merit_fast.sketch.mixture.stage import collect_factors
+
+        outputs = self.outputs
+        collect_factors(
+            str(outputs.start),
+            outputs.start_fingerprint,
+            self.data.sketched,
+            self.data.pad_token_id,
+            outputs.config.split.sketch_config(),
+            directory,
+            self.progress,
+            (outputs.folder(SKETCH),),
+            outputs.config.train.freeze,
         )
 
     def split(self, directory: Path) -> None:
@@ -81,8 +129,15 @@ class Work:
         shown = (self.progress, self._noted)
         train_planned(branch, directory, self.outputs, self.data, *shown, ranks)
 
-    def merge(self, directory: Path, name: str) -> None:
+    def merge(self, directory: Path, name: str, shares: Sequence[Path] = ()) -> None:
+        """Merges the branches of one arm and seed; ``shares``: folders with files of this merge."""
+        for folder in shares:
+            take_files(folder, directory)
         merge_model(name, directory, self.outputs, self.data, self.progress)
+
+    def merge_share(self, directory: Path, name: str, share: tuple[int, int]) -> None:
+        """Writes every n-th weight file of a merge from the i-th on, of a share (i, n)."""
+        merge_share(name, directory, self.outputs, self.progress, share)
 
     def evaluate(self, directory: Path, measured: Sequence[Path] = ()) -> None:
         """Measures every model; ``measured``: folders with the results of some of them."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merit_fast.errors import InputError
+from merit_fast.errors import write_error
 from merit_fast.manifests.atomic import write_text
 from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.schemas import (
@@ -51,6 +51,7 @@ def write_report(
 
     Raises:
         InputError: a field of ``split`` has the wrong length, or the file cannot be written.
+        MeritFastError: the disk is full.
     """
     from merit_fast.report.page import render_page
 
@@ -62,7 +63,7 @@ def write_report(
             write_text(path.parent / name, text)
         write_text(path, page)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        raise write_error(path, error) from None
 
 
 def read_tuned(output: Path, evaluation: EvaluateManifest) -> dict[str, TuneManifest]:

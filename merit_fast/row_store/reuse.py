@@ -46,6 +46,11 @@ def reuse_rows(
     return frozenset(found)
 
 
+def has_rows(folders: Sequence[Path], fingerprint: str) -> bool:
+    """Whether one of these outputs holds undamaged stored rows of this fingerprint."""
+    return any(_intact(folder / ROWS_FOLDER, {fingerprint}) for folder in folders)
+
+
 def read_index(folder: Path) -> dict[str, Any] | None:
     """The index of one dataset's rows; None where they are incomplete or of another version."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from merit_fast.errors import MeritFastError
@@ -75,7 +75,7 @@ class RowWriter:
         stored, scale, norms = to_stored(self.identity.fold(exact))
         if not torch.isfinite(norms).all():
             raise MeritFastError(f"{self.folder}: a row must be finite, found NaN or infinity")
-        self._waiting.append(
+        self._add(
             {
                 "rows": stored,
                 "scale": scale,
@@ -87,6 +87,15 @@ class RowWriter:
                 "num_target_tokens": num_target_tokens.detach().cpu().long(),
             }
         )
+
+    def append_folder(self, folder: Path) -> None:
+        """Adds the rows that another writer of this identity has finished in ``folder``."""
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        for name in sorted(index["shards"]):
+            self._add(load_file(folder / name))
+
+    def _add(self, rows: dict[str, Tensor]) -> None:
+        self._waiting.append(rows)
         while sum(len(part["row"]) for part in self._waiting) >= self._rows_per_shard:
             self._write_shard(self._rows_per_shard)
 

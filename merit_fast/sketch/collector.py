@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from merit_fast.errors import InputError, show
 from merit_fast.kernels.sketch import CountSketch, matrix_shape
+from merit_fast.sketch.divided.freezing import is_trainable
 from merit_fast.sketch.precondition import FactorSums, KfacFactors
 from merit_fast.sketch.precondition.factors import DAMPING
 from merit_fast.sketch.selection import select_parameters, unwrapped
-from merit_fast.sketch.sketcher import GradientSketcher, is_trainable
+from merit_fast.sketch.sketcher import GradientSketcher
 
 _WIDTH = 4096  # of the sketches that a checked pass compares
 MAX_SIDE = 2048

@@ -77,10 +77,17 @@ class SketchConfig:
         "with normalize kfac: the damping, as a share of each parameter's mean eigenvalue [0.1]",
     )
 
-    memory: Literal["auto", "whole", "layers"] = option(
+    memory: Literal["auto", "whole", "layers", "divided"] = option(
         "auto",
         "whole: the model in memory; layers: one layer at a time, read from its files in every "
-        "pass; auto: layers if the model does not fit (does not change the sketch)",
+        "pass; divided: among the processes of torchrun (FSDP2); auto: layers if the model does "
+        "not fit (does not change the sketch)",
+        omit_default=True,
+    )
+    span: int = option(
+        2048,
+        "examples whose gradients are summed before the sums are added up, in order: a dataset of "
+        "more can be sketched by several machines (changes the last bits of its sums)",
         omit_default=True,
     )
     parts: dict[str, str] | None = option(
@@ -118,6 +125,7 @@ class SketchConfig:
         require(self.blocks >= 2, "blocks", "at least 2", self.blocks)
         require(0 <= self.warmup < 1, "warmup", "at least 0 and below 1", self.warmup)
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        require(self.span >= 1, "span", "at least 1", self.span)
         width = self.store_dim
         is_width = 4096 <= width <= 65536 and width % 4096 == 0
         require(is_width, "store_dim", "a multiple of 4096 from 4096 to 65536", width)
@@ -129,7 +137,7 @@ class SketchConfig:
             "a folder with normalize adam, and only then",
             self.optimizer,
         )
-        is_held = self.normalize == "adam" and self.memory == "layers"
+        is_held = self.normalize == "adam" and self.memory in ("layers", "divided")
         rule = "auto or whole with normalize adam, whose second moments are all in memory"
         require(not is_held, "memory", rule, self.memory)
         if self.damping is not None:
@@ -140,6 +148,14 @@ class SketchConfig:
     def without_store(self) -> Self:
         """The options that decide the sums: without stored rows."""
         return replace(self, store=False, store_dim=type(self).store_dim)
+
+    def num_spans(self, num_examples: int) -> int:
+        """Number of spans of a dataset from which so many examples are drawn.
+
+        With ``precision`` it is 1: the sums so far decide how many examples are sketched.
+        """
+        drawn = num_examples if self.examples == "all" else min(self.examples, num_examples)
+        return 1 if self.precision else max(1, -(-drawn // self.span))
 
     def optimizer_hash(self) -> str | None:
         """Hash of the optimizer's state; None without one.

@@ -1,6 +1,6 @@
 """The examples of one update: their datasets, losses, lengths and blocks, each checked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.manifests.sketch_state import SketchState, Weight
+from merit_fast.sketch.passes.parts import Sketches
 
 DatasetId = str | int
 
@@ -52,8 +53,13 @@ class UpdatedExamples:
         """Lists of sequences, tensors and None."""
         return cls(*map(_listed, (dataset_ids, loss_sums, num_target_tokens, blocks)))
 
-    def check(self, size: int, weight: Weight, num_blocks: int) -> None:
-        """Raises InputError if the lists are not of ``size``, or a value breaks its rule."""
+    def check(
+        self, num_rows: int, row_examples: Sequence[int] | None, weight: Weight, num_blocks: int
+    ) -> None:
+        """Raises InputError if a list is not one per example, or a value breaks its rule."""
+        size = num_rows if row_examples is None else len(set(row_examples))
+        if row_examples is not None and len(row_examples) != num_rows:
+            raise InputError(f"row_examples: must be {num_rows} numbers, got {len(row_examples)}")
         for key, values in vars(self).items():
             if (values or key == "dataset_ids") and len(values) != size:
                 raise InputError(f"{key}: must be one per example ({size}), got {len(values)}")
@@ -71,6 +77,18 @@ class UpdatedExamples:
         for block in self.blocks:
             if int(block) != block or not 0 <= block < num_blocks:
                 raise InputError(f"blocks: must be from 0 to {num_blocks - 1}, got {block}")
+
+    def add_all(
+        self,
+        sketches: Sketches,
+        states_of: Callable[[DatasetId], tuple[SketchState, Mapping[str, SketchState]]],
+    ) -> None:
+        """Adds all examples to the states of their datasets, and to those of the parts."""
+        for dataset in dict.fromkeys(self.dataset_ids):
+            state, of_parts = states_of(dataset)
+            self.add_to(state, sketches.whole, dataset)
+            for part, of_part in of_parts.items():
+                self.add_to(of_part, sketches.parts[part], dataset)
 
     def add_to(self, state: SketchState, sketches: Tensor, dataset: DatasetId) -> None:
         """Adds one dataset's examples to its state, in turn to the blocks if none were given."""

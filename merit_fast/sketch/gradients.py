@@ -12,12 +12,13 @@ from torch import nn
 
 from merit_fast.errors import InputError, show
 from merit_fast.kernels.sketch import CountSketch
+from merit_fast.sketch.divided.freezing import is_trainable
 from merit_fast.sketch.precondition import KfacFactors, requested_scales
 from merit_fast.sketch.selection import (
     select_parameters,
     unwrapped,
 )
-from merit_fast.sketch.sketcher import GradientSketcher, is_trainable
+from merit_fast.sketch.sketcher import GradientSketcher
 
 __all__ = ["GradientSketcher", "sketch_gradients"]
 

@@ -2,15 +2,16 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from merit_fast.errors import InputError, MeritFastError, show
+from merit_fast.errors import InputError, show
 from merit_fast.model.layered.stack import block_lists
-from merit_fast.model.layered.stream import bring_in
+from merit_fast.sketch.divided.places import Place, places_of, present
+from merit_fast.sketch.divided.ties import lost_ties
 from merit_fast.sketch.names import canonical_name, named_parameters
 
 _PROBES = 64
@@ -36,7 +37,12 @@ def select_parameters(
     """
     wanted = _wanted(model, parameters)
     trainable = trainable or (lambda parameter: parameter.requires_grad)
-    chosen = {name: p for name, p in named_parameters(model) if trainable(p) and wanted(name)}
+    ties = lost_ties(model)
+    chosen = {
+        name: parameter
+        for name, parameter in named_parameters(model)
+        if trainable(parameter) and wanted(name) and name not in ties
+    }
     if not chosen:
         raise InputError(
             "parameters: must select at least one parameter that requires a gradient, "
@@ -45,37 +51,23 @@ def select_parameters(
     return chosen
 
 
-def require_whole(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Checks that this process has every parameter, and all of it.
-
-    Raises:
-        MeritFastError: one is a DTensor, as FSDP2 and tensor parallelism leave it, or is on the
-            meta device, as accelerate's hooks leave what they offload.
-    """
-    for name, parameter in parameters.items():
-        reason = ""
-        if hasattr(parameter, "device_mesh"):
-            reason = "is a DTensor (FSDP2, tensor parallelism), of which each process has a part"
-        elif parameter.is_meta:
-            reason = "has no values (meta device; offloaded by accelerate?)"
-        if reason:
-            raise MeritFastError(
-                f"sketch_gradients: parameter {name} must be whole in this process, but {reason}; "
-                "load_layered reads a model that does not fit layer by layer, and states of "
-                "processes that sketch different examples add up (SketchState.merge)"
-            )
-
-
 def model_weights_fingerprint(model: nn.Module) -> str:
-    """32 hex digits of a model in memory: names, shapes, dtypes and 64 values per parameter."""
+    """32 hex digits of a model in memory: names, shapes, dtypes and 64 values per parameter.
+
+    A divided or offloaded model has those of the whole one; every process must take it then.
+    """
     digest = hashlib.sha256()
     probes = []
-    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
-    for name, parameter in named_parameters(model):
-        bring_in(owners[id(parameter)])
-        digest.update(f"{name}\n{list(parameter.shape)}\n{parameter.dtype}\n".encode())
-        flat = parameter.detach().reshape(-1)
-        probes.append(flat[:: max(1, len(flat) // _PROBES)].float())
+    ties = lost_ties(model)
+    places: dict[int, Place] = {}
+    for place in places_of(model):
+        places.setdefault(id(place.parameter), place)
+    for place in [place for place in places.values() if place.name not in ties]:
+        with present(place.module):
+            value = place.parameter.detach()
+            digest.update(f"{place.name}\n{list(value.shape)}\n{value.dtype}\n".encode())
+            flat = value.reshape(-1)
+            probes.append(flat[:: max(1, len(flat) // _PROBES)].float().clone())
     for device in sorted({str(probe.device) for probe in probes}):
         values = torch.cat([probe for probe in probes if str(probe.device) == device]).cpu()
         digest.update(values.numpy().tobytes())

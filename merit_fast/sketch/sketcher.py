@@ -5,15 +5,18 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from merit_fast.errors import InputError, MeritFastError
+from merit_fast.errors import MeritFastError
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_check import SketchCheck
 from merit_fast.manifests.sketch_state import SketchIdentity, SketchState, Weight
+from merit_fast.sketch.divided.freezing import freeze_weights, is_trainable, reshard
+from merit_fast.sketch.divided.refusals import require_known
+from merit_fast.sketch.divided.sums import summed_states
 from merit_fast.sketch.examples import DatasetId, UpdatedExamples, require_finite
 from merit_fast.sketch.names import canonical_name
 from merit_fast.sketch.passes.parts import Sketches
@@ -22,14 +25,11 @@ from merit_fast.sketch.precondition import FactorSums, KfacFactors, Precondition
 from merit_fast.sketch.selection import (
     model_weights_fingerprint,
     require_one_of,
-    require_whole,
     select_parameters,
     unwrapped,
 )
 
 States = dict[DatasetId, SketchState]
-# Innermost last: parameters that these froze still count as trainable.
-_entered: list["GradientSketcher"] = []
 
 
 class GradientSketcher:
@@ -40,27 +40,25 @@ class GradientSketcher:
     it and one ``update`` go together; forward passes under ``torch.no_grad`` do not count. Linear,
     Conv1D (GPT-2), convolution and Embedding layers, norms and routed experts use the kernels, and
     so do raw calls of F.linear and F.embedding. Any other module takes a backward pass per example
-    from its own outputs; a parameter that is used outside of its module, one from those of the
-    model. On exit the model is as before.
+    from its own outputs; a parameter that is used outside of its module, one from the model's.
 
     The check compares, on the first pass of every kind of call (its arguments, train or eval, which
     sizes are equal), e = |s - S(g)| / |S(g)| for one example and for the sum over examples, where S
     is ``flat_sketch`` and g autograd's gradient. It fails above 2e-5 in fp32 and 2e-2 in bf16, of
-    all parameters together, and names the parameter with the largest error.
+    all parameters together, and names the parameter with the largest error. Among the processes of
+    FSDP2 a pass is checked in all or in none, and the check's error of one is raised in all.
 
     Args:
         model: called as usual inside the block. With DistributedDataParallel nothing is
-            communicated: add the states of the ranks (``SketchState.merge``).
+            communicated; with FSDP2 all processes run equally many passes, each on own examples.
+            ``sum_over_processes`` adds the states.
         sketch: width and seed.
         parameters: by name; None: all that require a gradient.
         scales: factors of the gradients' entries by parameter name (``adam_scales``).
         factors: K-FAC factors (``kfac_factors``), without ``scales``.
         blocks: blocks of each state; examples fill them in turn.
-        weight: "examples" or "tokens", as for ``sketch_gradients``.
         fingerprint: the model's, for the states; None: that of its weights in memory.
-        check: "first", "always" or "never", as for ``sketch_gradients``.
-        uncovered: "autograd" or "error", as for ``sketch_gradients``.
-        parts: part -> regular expression, as for ``sketch_gradients``.
+        weight, check, uncovered, parts: as for ``sketch_gradients``.
         collect_side: collects the second moments of gradients, with sides up to this length kept
             whole, instead of sketching (``FactorCollector``).
         notify: gets one line whenever there are more ``slow_parameters``; None: a warning.
@@ -93,6 +91,7 @@ class GradientSketcher:
         require_one_of("weight", weight, get_args(Weight))
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
         self.model = unwrapped(model)
+        reshard(self.model)
         self.sketch = sketch
         self.blocks = blocks
         self.weight = weight
@@ -100,7 +99,7 @@ class GradientSketcher:
             select_parameters(self.model, "all", is_trainable) if parameters is None else parameters
         )
         chosen = {canonical_name(name): parameter for name, parameter in chosen.items()}
-        require_whole(chosen)
+        require_known(self.model, chosen)
         self.names = {id(parameter): name for name, parameter in chosen.items()}
         named = {canonical_name(name): scale for name, scale in (scales or {}).items()}
         self.preconditioner = Preconditioner(named, kind="adam" if named else "")
@@ -134,6 +133,10 @@ class GradientSketcher:
         """Parameters that take a backward pass per example -> reason."""
         return dict(self._passes.uncovered.slow)
 
+    def add_slow(self, parameters: Mapping[str, str]) -> None:
+        """Lets parameters, with reasons, take a backward pass per example from now on."""
+        self._passes.uncovered.slow.update(parameters)
+
     @property
     def preconditioned(self) -> dict[str, str]:
         """Parameters -> how their gradients are multiplied: entries, or rows and columns."""
@@ -164,13 +167,9 @@ class GradientSketcher:
         return self._identity
 
     def __enter__(self) -> "GradientSketcher":
-        for parameter in self.model.parameters():
-            self._restore.append(
-                functools.partial(parameter.requires_grad_, parameter.requires_grad)
-            )
-            parameter.requires_grad_(False)
-        _entered.append(self)
-        self._restore.append(functools.partial(_entered.remove, self))
+        self._restore.extend(freeze_weights(self.model, self.names))
+        if self._passes.lockstep.is_divided:  # all processes take part
+            self.identity  # noqa: B018
         self._passes.attach()
         self._restore.append(self._passes.detach)
         # As no_sync does. Buffers are not broadcast either: ranks may differ in their passes.
@@ -194,9 +193,7 @@ class GradientSketcher:
     def packed(self, cu_seqlens: Tensor) -> None:
         """Announces one packed row [1, N] of examples end to end for the next forward pass.
 
-        Every example's position_ids begin at 0.
-
-        A model that gets ``cu_seq_lens_q`` needs no announcement.
+        Every example's position_ids begin at 0. A model that gets ``cu_seq_lens_q`` needs none.
 
         Args:
             cu_seqlens: [B + 1] int: example b has the tokens cu_seqlens[b]..cu_seqlens[b + 1] - 1.
@@ -267,21 +264,31 @@ class GradientSketcher:
             NotFiniteError: an example's gradient holds NaN or infinity. The states are as before.
         """
         examples = UpdatedExamples.of(dataset_ids, loss_sums, num_target_tokens, blocks)
-        ids = examples.dataset_ids
-        num_rows = len(ids) if self._passes.run is None else self._passes.run.size
-        size = num_rows if row_examples is None else len(set(row_examples))
-        if row_examples is not None and len(row_examples) != num_rows:
-            raise InputError(f"row_examples: must be {num_rows} numbers, got {len(row_examples)}")
-        examples.check(size, self.weight, self.blocks)
-        weights = examples.num_target_tokens if self.weight == "tokens" else ()
-        sketches = self._take(row_examples, weights)
-        require_finite(sketches.whole, ids)
-        for dataset in dict.fromkeys(ids):
-            state, of_parts = self.states_of(dataset)
-            examples.add_to(state, sketches.whole, dataset)
-            for part, of_part in of_parts.items():
-                examples.add_to(of_part, sketches.parts[part], dataset)
+        sketches = self.take_for(examples, row_examples)
+        self.add(examples, sketches)
         return sketches.whole
+
+    def take_for(
+        self, examples: UpdatedExamples, row_examples: Sequence[int] | None = None
+    ) -> Sketches:
+        """Ends the pass of some examples as ``update`` does, but adds nothing to the states."""
+        size = len(examples.dataset_ids) if self._passes.run is None else self._passes.run.size
+        examples.check(size, row_examples, self.weight, self.blocks)
+        weights = examples.num_target_tokens if self.weight == "tokens" else ()
+        return self._take(row_examples, weights)
+
+    def add(self, examples: UpdatedExamples, sketches: Sketches) -> None:
+        """Adds examples to their datasets' states; raises NotFiniteError before it adds any."""
+        require_finite(sketches.whole, examples.dataset_ids)
+        examples.add_all(sketches, self.states_of)
+
+    def sum_over_processes(self, group: Any = None) -> tuple[States, dict[str, States]]:
+        """Returns ``state`` and ``part_state`` summed over processes, with the same bits in each.
+
+        Raises MeritFastError if there is no process group, or models or parameters differ.
+        """
+        parts = {part: summed_states(states, group) for part, states in self.part_state.items()}
+        return summed_states(self.state, group), parts
 
     def states_of(self, dataset: DatasetId) -> tuple[SketchState, dict[str, SketchState]]:
         """A dataset's state and those of its parts, empty where it has none yet."""
@@ -291,8 +298,3 @@ class GradientSketcher:
                 identity = dataclasses.replace(self.identity, parameters=names)
                 self.part_state[part][dataset] = SketchState.zeros(identity, self.blocks)
         return self.state[dataset], {p: states[dataset] for p, states in self.part_state.items()}
-
-
-def is_trainable(parameter: nn.Parameter) -> bool:
-    """Whether a parameter requires a gradient, or did before a sketcher froze it."""
-    return parameter.requires_grad or any(id(parameter) in sketcher.names for sketcher in _entered)

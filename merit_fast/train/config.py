@@ -107,10 +107,10 @@ class TrainConfig:
         "master next to a bf16 weight",
         omit_default=True,
     )
-    shard: Literal["none", "full"] = option(
+    shard: Literal["none", "full", "auto"] = option(
         "none",
         "what the processes of torchrun divide. none: the steps only; full: also weights, "
-        "gradients, masters and moments (FSDP2)",
+        "gradients, masters and moments (FSDP2); auto: full where whole models do not fit",
         omit_default=True,
     )
     update_in_backward: Literal["previous", "two-pass"] | None = option(
@@ -183,7 +183,7 @@ class TrainConfig:
 
     def _check_shard(self) -> None:
         """Checks that the options go with a divided model."""
-        if self.shard == "none":
+        if self.shard != "full":
             return
         adapter = self.adapter
         apart = f"absent with shard {self.shard}"

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from merit_fast.errors import InputError, one_line
+from merit_fast.errors import InputError, one_line, write_error
 from merit_fast.manifests.atomic import replace_file
 from merit_fast.train.parallel.files import fill_tensor, write_tensors
 from merit_fast.train.parallel.pieces import is_divided
@@ -51,7 +51,8 @@ def write_checkpoint(
     them: each calls this function, and the leader writes.
 
     Raises:
-        InputError: the disk is full or cannot be written.
+        InputError: the disk cannot be written.
+        MeritFastError: it is full; the branch resumes from its last checkpoint.
     """
     temporary = directory / f"{name}.tmp"
     try:
@@ -62,10 +63,7 @@ def write_checkpoint(
             ranks.wait()  # every process may read the file next
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"{directory / name}: cannot be written ({one_line(error)}); the branch resumes from "
-            "its last checkpoint"
-        ) from None
+        raise write_error(directory / name, error) from None
 
 
 def read_checkpoint(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.paths import ROOT
 from support.runs import run_values
 
 from merit_fast.pipeline.config import read_run_config
@@ -48,3 +49,11 @@ def by_command():
         return ["train.engine=command", f"train.engine_command='{command}'"]
 
     return assignments
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """The stacks' processes find this tree, tell nobody, and read no hub."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -55,7 +55,7 @@ def test_engines_are_those_that_the_option_takes():
     cells = table()["train.engine"]
     named = {cell.strip("`") for cell in cells.values()}
     assert named | {"builtin"} == set(typing.get_args(Engine)) == {*STACKS, "builtin"}
-    assert cells["TRL"] == "`trl`" and cells["ms-swift"] == "`command`"
+    assert cells["TRL"] == "`trl`" and cells["ms-swift"] == "`swift`"
 
 
 def test_export_formats_are_those_that_the_command_takes():

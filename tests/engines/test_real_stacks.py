@@ -1,4 +1,4 @@
-"""axolotl, LLaMA-Factory and ms-swift train, in environments that bench.train.stacks_env makes."""
+"""axolotl and LLaMA-Factory train, in environments that bench.train.stacks_env makes."""
 
 import json
 import os
@@ -12,26 +12,9 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 from support.docs.pages import ROOT, blocks_of
-
-from bench.train.stacks_env import python_of
-from merit_fast.integrations.swift import PLUGIN_FILE
+from support.stacks.real import interpreter
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
-
-
-def interpreter(stack):
-    python = python_of(stack)
-    if not python.exists():
-        pytest.skip(f"{stack}: its environment is not there: python -m bench.train.stacks_env")
-    return python
-
-
-@pytest.fixture
-def environment(monkeypatch):
-    """The stacks' processes find this tree, tell nobody, and read no hub."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture
@@ -199,55 +182,3 @@ def test_llamafactory_trains_branches_and_counts_by_the_launcher(
     # LLaMA-Factory's own template puts the line break behind each answer into the loss too.
     assert counted["num_examples"] == 48
     assert counted["num_target_tokens"] == 3 * 64 + 48
-
-
-def test_swift_trains_exported_rows_with_the_plugin_and_its_losses_per_channel(
-    call, split_run, environment, tmp_path, monkeypatch
-):
-    python = interpreter("swift")
-    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
-    groups = tmp_path / "groups"
-    assert call("export", split_run, "--format", "trl", "--out", groups)[0] == 0
-    rows = groups / "train_0.jsonl"
-    options = {
-        "model": yaml.safe_load(split_run.read_text())["model"],
-        "model_type": "llama",
-        "template": "chatml",
-        "dataset": rows,
-        "columns": json.dumps({"dataset": "channel"}),
-        "enable_channel_loss": "true",
-        "external_plugins": PLUGIN_FILE,
-        "callbacks": "merit",
-        "output_dir": tmp_path / "out",
-        "add_version": "false",
-        "tuner_type": "full",
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "torch_dtype": "float32",
-        "use_cpu": "true",
-        "split_dataset_ratio": 0,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "epoch",
-        "attn_impl": "sdpa",
-        "use_hf": "true",
-    }
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    process = subprocess.run(
-        [python, "-m", "swift.cli.sft", *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-2000:]
-    assert "merit_fast: kernels: rms_norm x 5" in process.stdout + process.stderr
-    branch = json.loads((tmp_path / "out" / "branch.json").read_text())
-    count = len(rows.read_text().splitlines())
-    assert branch["num_examples"] == 2 * count and branch["num_target_tokens"] > 2 * count
-    names = {json.loads(line)["dataset"] for line in rows.read_text().splitlines()}
-    assert all(f"loss_{name}" in process.stdout + process.stderr for name in names)
-    last = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    assert (last / "branch.json").is_file() and (last / "model.safetensors").is_file()

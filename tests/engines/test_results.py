@@ -116,6 +116,7 @@ def test_every_stack_gets_an_adapter_under_its_own_names():
         },
         "axolotl": {"adapter": "lora", "lora_target_modules": ["q_proj", "down_proj"]},
         "llamafactory": {"finetuning_type": "lora", "lora_target": "q_proj,down_proj"},
+        "swift": {"tuner_type": "lora", "target_modules": ["q_proj", "down_proj"]},
     }.items():
         recipe = TrainConfig(engine=engine, adapter=AdapterConfig(**adapter))
         keys = minimal_keys(recipe)

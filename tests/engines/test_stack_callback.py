@@ -201,3 +201,18 @@ def test_a_model_of_no_folder_needs_a_start(tmp_path, base):
     with pytest.raises(InputError, match="start: must name the model"):
         StackCallback().watch(model)
     StackCallback(start=base).watch(model)
+
+
+@pytest.mark.parametrize(
+    "values, rule",
+    [
+        ({"stage": "dpo"}, "stage: must be sft or pt, whose tokens can be counted, got 'dpo'"),
+        ({"merit_losses": True}, "merit_losses: must be absent: LLaMA-Factory's rows lose"),
+        ({"merit_kernels": "auto"}, "merit_kernels: must be absent: it is a key of merit_fast's"),
+    ],
+)
+def test_what_the_callback_cannot_do_in_llamafactory_is_refused(values, rule):
+    from merit_fast.integrations.llamafactory import train as train_there
+
+    with pytest.raises(InputError, match=rule):
+        train_there(values)

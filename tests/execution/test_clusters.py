@@ -1,11 +1,14 @@
 """Ray and submitit run unit commands: results, deaths of workers and nodes, interruptions."""
 
+import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.paths import TESTS
 
 from merit_fast.execution.command import UnitCommand
 
@@ -80,6 +83,31 @@ def test_an_option_that_submitit_does_not_know_is_bad_input(tmp_path):
         SubmititExecutor(tmp_path, 1, cluster="local", options={"no_such": 1})
 
 
+def test_a_job_that_takes_longer_than_its_limit_is_ended(tmp_path):
+    from merit_fast.execution.on_slurm import SubmititExecutor
+
+    executor = SubmititExecutor(tmp_path / "submitit", 1, cluster="local", limit_s=1)
+    executor.start(command(tmp_path, "a", "import time; time.sleep(60)"))
+    [result] = executor.wait()
+    assert (result.unit, result.code) == ("a", -15)
+    assert result.text == "took longer than its limit of 1 s"
+
+
+def test_a_job_of_slurm_needs_a_limit(tmp_path, monkeypatch):
+    """Without one submitit ends every job after five minutes."""
+    from merit_fast.errors import InputError
+    from merit_fast.execution.on_slurm import SubmititExecutor
+
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
+    with pytest.raises(InputError, match="--unit-limit: must be given for SLURM"):
+        SubmititExecutor(tmp_path, 1, cluster="slurm")
+    executor = SubmititExecutor(tmp_path, 1, cluster="slurm", limit_s=7200)
+    assert executor._executor._executor.parameters["time"] == 125
+    options = {"slurm_time": 90}
+    executor = SubmititExecutor(tmp_path, 1, cluster="slurm", options=options, limit_s=7200)
+    assert executor._executor._executor.parameters["time"] == 90
+
+
 # ---- Ray, on two nodes of this machine
 @pytest.fixture(scope="module")
 def cluster():
@@ -113,6 +141,16 @@ def test_tasks_give_their_results_and_outlive_a_worker_and_a_node(cluster, tmp_p
     [result] = executor.wait()
     assert (result.unit, result.code) == ("killed", 1) and "Worker" in result.text
 
+    hangs = "import os, time; state = open(f'/proc/{os.getppid()}/stat').read();"
+    hangs += "raylet = state.rpartition(')')[2].split()[1];"  # the parent of Ray's worker
+    hangs += f"open({str(tmp_path / 'nodes')!r}, 'a').write(raylet + ' '); time.sleep(60)"
+    slow = RayExecutor(1, limit_s=1)
+    for _ in range(2):  # the second attempt is on the other node
+        slow.start(command(tmp_path, "slow", hangs))
+        [result] = slow.wait()
+        assert result.code == -15 and result.text == "took longer than its limit of 1 s"
+    assert len(set((tmp_path / "nodes").read_text().split())) == 2
+
     node = cluster.add_node(num_cpus=8)
     cluster.wait_for_nodes()
     wide = RayExecutor(1, threads=8)  # fits the new node only
@@ -129,6 +167,13 @@ def test_tasks_give_their_results_and_outlive_a_worker_and_a_node(cluster, tmp_p
     assert (result.unit, result.code) == ("lost", 1) and result.text
     assert all_results(executor, [command(tmp_path, "again", ANSWER)])["again"].code == 0
     assert set(Path.home().glob(".ray/*")) == before  # no token in the home folder
+
+
+def test_a_driver_and_its_units_end_when_ray_s_head_dies(tmp_path):
+    """The same command then goes to a new cluster; nobody waits for the old one."""
+    words = [sys.executable, str(TESTS / "support/execution/lose_head.py"), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"driver": 1, "unit has ended": True}, done
 
 
 def test_the_end_of_the_driver_ends_the_tasks(cluster, tmp_path):

@@ -1,18 +1,23 @@
 """The driver: it starts what can start, starts again what dies, and trusts only the files."""
 
+import io
 import json
 
 import pytest
 import yaml
+from rich.console import Console
 from support.runs import Notes, run_values
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.execution.board import Board
 from merit_fast.execution.command import Ended
-from merit_fast.execution.drive import JOURNAL, Driver
+from merit_fast.execution.drive import Driver
 from merit_fast.execution.drive import drive as run_by_units
+from merit_fast.execution.view import Row, View
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
+from merit_fast.pipeline.units.journal import JOURNAL
+from merit_fast.progress import TerminalProgress
 
 
 class FakeBoard(Board):
@@ -97,6 +102,49 @@ def test_units_start_when_their_needs_are_met_and_no_more_than_there_is_room_for
         ("end", "a"),
     ]
     assert events[2]["code"] == 0 and events[2]["host"] == "host" and "seconds" in events[2]
+
+
+class Terminal(TerminalProgress):
+    """A terminal of so many columns and rows, whose text is kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = io.StringIO()
+        self.console = Console(file=self.text, force_terminal=True, width=70, height=8)
+
+
+def test_on_a_terminal_one_table_shows_the_units_that_run(tmp_path):
+    board = FakeBoard()
+    board.needs = {"x/a": (), "x/b": (), "y": ("x/a", "x/b")}
+    board.host = {"x/a": "node1", "x/b": ""}.get
+    board.refresh()
+    driver = Driver(board, FakeExecutor(board), Terminal(), tmp_path, retries=2)
+    driver.running = {"x/a": 10.0, "x/b": 70.0}
+    driver.failures = {"x/b": 2}
+    view = View(driver)
+    assert view.rows(now=130.0) == [
+        Row("x", "0 of 2 done, 2 running"),
+        Row("  x/a", "running", "node1", "2 min 0 s"),
+        Row("  x/b", "running, failed 2x", "", "1 min 0 s"),
+        Row("y", "0 of 1 done"),
+    ]
+    driver.running = {}
+    driver.failures = {}
+    board.host = {}.get
+    driver.run()
+    text = driver.progress.text.getvalue()
+    assert "1 of 1 done" in text and "done in" not in text  # the table only, no line for each
+
+
+def test_a_table_that_is_taller_than_the_terminal_says_how_much_is_left_out(tmp_path):
+    board = FakeBoard()
+    board.needs = {f"x/{number}": () for number in range(20)}
+    board.host = dict.fromkeys(board.needs, "").get
+    board.refresh()
+    driver = Driver(board, FakeExecutor(board), Terminal(), tmp_path, retries=2)
+    driver.running = dict.fromkeys(board.needs, 0.0)
+    driver.progress.console.print(View(driver))
+    assert "and 16 more lines" in driver.progress.text.getvalue()
 
 
 def test_a_unit_that_dies_is_started_again(drive):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.execution.processes import is_alive
 
 from merit_fast.execution.command import UnitCommand, unit_command
 from merit_fast.execution.local import LocalExecutor, workers_here
@@ -20,14 +21,6 @@ pytestmark = pytest.mark.process
 
 def command(tmp_path, unit, script):
     return UnitCommand(unit, (sys.executable, "-c", script), str(tmp_path / f"{unit}.log"))
-
-
-def is_alive(process):
-    """Whether a process of /proc is there and no zombie."""
-    try:
-        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def run(executor, *commands):
@@ -54,7 +47,55 @@ def test_the_result_is_the_exit_code_the_last_line_of_the_log_and_the_answer(tmp
     }
     assert ended["mute"].answer == {}
     assert ended["good"].answer == {"worked": True} == ended["large"].answer
-    assert ended["bad"].text == "last" and ended["killed"].text == ""
+    assert ended["bad"].text == "last" and ended["killed"].text == "was ended by SIGKILL"
+
+
+def test_a_message_of_an_earlier_attempt_is_not_that_of_this_one(tmp_path):
+    (tmp_path / "mute.log").write_text("failed: no such file\n")
+    result = run(LocalExecutor(1), command(tmp_path, "mute", "import sys; sys.exit(1)"))["mute"]
+    assert result.code == 1 and result.text == ""
+
+
+# ---- units that hang, crawl or leave processes behind
+HANGS = "import signal, sys, time; print('step 7', file=sys.stderr, flush=True);"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        HANGS + "time.sleep(60)",
+        HANGS + "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)",
+        HANGS + "import os; os.kill(os.getpid(), signal.SIGSTOP)",
+        HANGS + "import os; os.close(1); time.sleep(60)",
+    ],
+    ids=["sleeps", "ignores SIGTERM", "stopped", "closed output"],
+)
+def test_a_unit_that_takes_longer_than_its_limit_is_ended(tmp_path, monkeypatch, script):
+    monkeypatch.setattr("merit_fast.execution.process._STOP_S", 0.3)
+    executor = LocalExecutor(2, limit_s=1)
+    ended = run(executor, command(tmp_path, "hangs", script), command(tmp_path, "good", ANSWER))
+    assert ended["good"].code == 0 and ended["good"].answer == {"worked": True}
+    assert ended["hangs"].text == "took longer than its limit of 1 s, after: step 7"
+    assert ended["hangs"].code == -signal.SIGTERM and executor.room() == 2
+
+
+def test_a_unit_that_ends_well_in_its_last_moment_is_done(tmp_path):
+    script = "import signal, sys, time\n"
+    script += "def end(*words):\n    print('{\"worked\": true}', flush=True); sys.exit(0)\n"
+    script += "signal.signal(signal.SIGTERM, end)\ntime.sleep(60)"
+    [result] = run(LocalExecutor(1, limit_s=1), command(tmp_path, "a", script)).values()
+    assert result.code == 0 and result.answer == {"worked": True}
+
+
+def test_the_death_of_a_unit_ends_the_children_that_hold_its_output(tmp_path):
+    """Else they work on next to its second attempt, and the driver waits for them."""
+    script = "import os, subprocess, sys;"
+    script += f"p = subprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep(60)']);"
+    script += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); os.kill(os.getpid(), 9)"
+    begin = time.monotonic()
+    [result] = run(LocalExecutor(1), command(tmp_path, "a", script)).values()
+    assert result.code == -signal.SIGKILL and time.monotonic() - begin < 30
+    assert not is_alive(Path("/proc") / (tmp_path / "pid").read_text())
 
 
 def test_units_at_a_time_have_gpus_of_their_own(tmp_path):
@@ -111,8 +152,9 @@ def test_a_unit_ends_with_a_driver_that_is_killed(tmp_path):
     script += "import time; time.sleep(300)"
     driver = (
         "import os; from pathlib import Path;"
-        "from merit_fast.execution.command import UnitCommand, start_process;"
-        f"start_process(UnitCommand('a', ({sys.executable!r}, '-c', {script!r}), "
+        "from merit_fast.execution.command import UnitCommand;"
+        "from merit_fast.execution.process import UnitProcess;"
+        f"unit = UnitProcess(UnitCommand('a', ({sys.executable!r}, '-c', {script!r}), "
         f"{str(tmp_path / 'log')!r}));\n"
         f"while not (Path({str(tmp_path / 'pid')!r}).exists()\n"
         f"           and Path({str(tmp_path / 'pid')!r}).read_text()): pass\n"

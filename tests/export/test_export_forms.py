@@ -6,12 +6,12 @@ import pytest
 
 from merit_fast.data import DataConfig, DatasetConfig
 from merit_fast.errors import InputError
-from merit_fast.export.axolotl import axolotl_form
 from merit_fast.export.form import free_names
-from merit_fast.export.llamafactory import llamafactory_form, needs_mask
 from merit_fast.export.rows import PartRows
+from merit_fast.export.stacks.axolotl import axolotl_form
+from merit_fast.export.stacks.llamafactory import llamafactory_form, needs_mask
+from merit_fast.export.stacks.trl import trl_forms
 from merit_fast.export.survey import survey
-from merit_fast.export.trl import trl_forms
 from merit_fast.export.write import joined, write_rows
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": [1, 2]}}}

@@ -11,8 +11,8 @@ from merit_fast.errors import InputError
 from merit_fast.export.form import free_names
 from merit_fast.export.rows import PartRows
 from merit_fast.export.settings import settings_of
+from merit_fast.export.stacks.trl import trl_config, trl_forms
 from merit_fast.export.survey import survey
-from merit_fast.export.trl import trl_config, trl_forms
 from merit_fast.export.write import write_rows
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.split.config import SplitConfig

@@ -28,9 +28,10 @@ class FinishedRun:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, tiny_model, tiny_mixture) -> FinishedRun:
-    """The merit arm only: two branches, one merge, one epoch."""
+    """The merit arm only: two branches, one merge, one epoch; every dataset has two spans."""
     folder = tmp_path_factory.mktemp("finished")
     values = run_values(tiny_model, tiny_mixture)
+    values["split"]["span"] = 4
     values["train"] |= {"epochs": 1, "controls": {}}
     values["evaluate"] |= {"interpolate": [], "max_new_tokens": 1}
     config = folder / "run.yml"

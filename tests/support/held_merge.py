@@ -34,10 +34,10 @@ from merit_fast.merge.engine.driver import write_shard  # noqa: E402
 from merit_fast.merge.write import shards  # noqa: E402
 
 
-def logging(shard: Any, *arguments: Any) -> Any:
+def logging(shard: Any, *arguments: Any, **options: Any) -> Any:
     with open(folder / "log", "a") as log:
         log.write(f"{shard.file}\n")
-    return write_shard(shard, *arguments)
+    return write_shard(shard, *arguments, **options)
 
 
 vars(shards)["write_shard"] = logging

@@ -39,12 +39,30 @@ def folder(tmp_path_factory):
     for name, tied in (("tied", True), ("untied", False)):
         make_model(path / name, tie_word_embeddings=tied)
         make_tokenizer(path / name)
+    for name, original in (("experts", True), ("stacked", False)):
+        make_experts(path / name, original)
+        make_tokenizer(path / name)
     results = run_ranks(path, 2, "killed")
     assert results[0].returncode == -signal.SIGKILL, results
     assert results[1].returncode not in (0, -signal.SIGKILL), results
     results = run_ranks(path, 2, "resumed", "in_backward", "unused", "two_copies", *CASES)
     assert [result.returncode for result in results] == [0, 0], results
     return path
+
+
+def make_experts(folder, original):
+    """A Mixtral whose experts are stored one by one, as on the hub, or stacked."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **dict(vocab_size=400, hidden_size=72, intermediate_size=40, num_hidden_layers=2),
+        **dict(num_attention_heads=9, num_key_value_heads=3, num_local_experts=3),
+        **dict(num_experts_per_tok=2, bos_token_id=None, eos_token_id=1, pad_token_id=1),
+        output_router_logits=True,
+    )
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(folder, save_original_format=original, max_shard_size="100KB")
 
 
 def files(directory):
@@ -78,7 +96,7 @@ def assert_close_branch(ours, theirs, tolerance):
         torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["kept_best", "layers_twice", "lora"])
+@pytest.mark.parametrize("name", ["kept_best", "layers_twice", "lora", "experts", "stacked"])
 def test_two_processes_write_the_bytes_of_whole_models(folder, name):
     assert_same_branch(folder / f"{name}.divided", folder / f"{name}.whole")
 

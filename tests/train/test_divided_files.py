@@ -20,6 +20,7 @@ from merit_fast.train.parallel.files import fill_tensor, write_tensors
 from merit_fast.train.parallel.load import make_hollow_model
 from merit_fast.train.parallel.pieces import rows_of
 from merit_fast.train.parallel.ranks import ONE_PROCESS
+from merit_fast.train.parallel.stored import stored_runs
 
 DTYPES = (
     torch.bool,
@@ -106,6 +107,16 @@ def test_starts_whose_tensors_have_other_names_are_refused(base):
     save_file({**tensors, "surplus": torch.ones(1)}, file)
     with pytest.raises(InputError, match="no weight of this model reads surplus"):
         make_hollow_model(str(base), "fp32")
+
+
+def test_a_conversion_that_changes_the_order_of_numbers_is_refused(base):
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    model = make_hollow_model(str(base), "fp32")
+    name = "mlp.up_proj.weight"
+    model._weight_conversions = [WeightConverter(name, name, operations=[Transpose(0, 1)])]
+    with pytest.raises(InputError, match="changes the order of numbers of .*mlp.up_proj.weight"):
+        stored_runs(model, dict(model.named_parameters()))
 
 
 def test_quantised_starts_are_refused(base):

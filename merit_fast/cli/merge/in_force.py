@@ -1,11 +1,11 @@
 """The branches that a run's ledger says are in force, for a merge into another directory."""
 
 import math
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from merit_fast.cli.flags import read_seconds
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import read_manifest
 from merit_fast.manifests.ledger import LEDGER_FILE, Ledger, read_ledger
@@ -18,7 +18,6 @@ from merit_fast.progress import Progress, SilentProgress
 
 _BRANCH_FILE = "branch.json"
 _LOOK_S = 5.0
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,7 @@ def parse_quorum(quorum: str | None, grace: str | None) -> Quorum | None:
     is_share = slash and least.isdecimal() and of.isdecimal() and 1 <= int(least) <= int(of)
     if not is_share:
         raise InputError(f"command line: --quorum: must be I/N with 1 <= I <= N, got {quorum!r}")
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", grace or "0s")
-    if found is None:
-        rule = "must be a number and s, m, h or d, as in 2h"
-        raise InputError(f"command line: --grace: {rule}, got {grace!r}")
-    return Quorum(int(least), int(of), float(found[1]) * _SECONDS[found[2]])
+    return Quorum(int(least), int(of), read_seconds("--grace", grace or "0s"))
 
 
 @dataclass(frozen=True)

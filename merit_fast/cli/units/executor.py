@@ -4,11 +4,14 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from merit_fast.cli.flags import read_seconds
+from merit_fast.cli.units.stored import store_of
 from merit_fast.errors import InputError
 from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.progress import Progress
@@ -25,10 +28,13 @@ def run_units(
     from merit_fast.execution.drive import drive
     from merit_fast.pipeline.run import check_output
 
+    store = store_of(arguments)
+    if arguments.scratch is not None:
+        config = replace(config, output=arguments.scratch)
     check_output(config)
     executor = _executor(config, arguments)
     command = f"merit-fast {{stage}} {file}"
-    summary = drive(config, executor, progress, command, verify=arguments.verify)
+    summary = drive(config, executor, progress, command, verify=arguments.verify, store=store)
     if arguments.as_json:
         print(json.dumps(summary))
         return
@@ -60,7 +66,7 @@ def _local(
         size = sum(file.stat().st_size for file in weights)
         workers = workers_here(size, processes, gpus)
     threads = arguments.unit_threads or config.threads
-    return LocalExecutor(workers, threads, gpus, processes)
+    return LocalExecutor(workers, threads, gpus, processes, _limit_s(arguments))
 
 
 def _ray(config: "RunConfig", arguments: argparse.Namespace, options: dict[str, Any]) -> "Executor":
@@ -70,8 +76,10 @@ def _ray(config: "RunConfig", arguments: argparse.Namespace, options: dict[str, 
     processes = arguments.unit_processes or 1
     threads = arguments.unit_threads or config.threads or 1
     gpus = (arguments.unit_gpus or 0) / processes
+    address = options.get("address")
+    limit_s = _limit_s(arguments)
     with _extra("ray"):
-        return RayExecutor(arguments.workers, threads, processes, gpus, options.get("address"))
+        return RayExecutor(arguments.workers, threads, processes, gpus, address, limit_s)
 
 
 def _submitit(
@@ -81,12 +89,19 @@ def _submitit(
         from merit_fast.execution.on_slurm import SubmititExecutor
 
     cluster = options.pop("cluster", None)
-    folder = Path(config.output) / UNITS_FOLDER / "submitit"
+    folder = Path(options.pop("folder", None) or Path(config.output) / UNITS_FOLDER / "submitit")
     threads = arguments.unit_threads or config.threads or 1
     processes = arguments.unit_processes or 1
     gpus = arguments.unit_gpus or 0
     workers = arguments.workers
-    return SubmititExecutor(folder, workers, threads, processes, gpus, cluster, options)
+    limit_s = _limit_s(arguments)
+    return SubmititExecutor(folder, workers, threads, processes, gpus, cluster, options, limit_s)
+
+
+def _limit_s(arguments: argparse.Namespace) -> float | None:
+    """Seconds of ``--unit-limit``; None: a unit may take any time."""
+    text = arguments.unit_limit
+    return None if text is None else read_seconds("--unit-limit", text)
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:

@@ -46,9 +46,12 @@ def add_launch(parser: Parser) -> Work:
     add("install", "REQUIREMENT", "what pip installs first, such as a wheel's URL")
     help = (
         "bucket's URL or volume (sky), PersistentVolumeClaim (k8s-job), hf://buckets/OWNER/NAME; "
-        "it holds the current folder and is mounted at the same path"
+        "it holds the current folder and is mounted at the same path. With --scratch: the URL "
+        "where outputs meet"
     )
     add("storage", "NAME", help)
+    help = "mount nothing; units fetch and send by themselves and work in this folder"
+    add("scratch", "FOLDER", help)
     help = "variable with a secret, never its value; Secret object (k8s-job); repeat for each"
     add("secret", "NAME", help, action="append")
     return _launch

@@ -21,7 +21,7 @@ from merit_fast.data.store.files import (
     Summary,
     open_columns,
 )
-from merit_fast.errors import InputError
+from merit_fast.errors import write_error
 from merit_fast.manifests.atomic import fsync_path
 from merit_fast.manifests.locks import LOCKS_FOLDER, exclusive, this_process
 from merit_fast.progress import Progress
@@ -143,7 +143,7 @@ def _locked(place: Path) -> Any:
         with exclusive(folder / LOCKS_FOLDER / place.name, this_process("")):
             yield
     except OSError as error:
-        raise InputError(f"{place}: cannot be written: {error.strerror or error}") from None
+        raise write_error(place, error) from None
     finally:
         for path in new:  # what stays empty because a row is wrong
             with contextlib.suppress(OSError):

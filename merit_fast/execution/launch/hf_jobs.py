@@ -1,6 +1,7 @@
 """``--to hf-jobs``: a script that runs the units as Jobs of the Hugging Face hub."""
 
 import shlex
+from pathlib import Path
 
 from merit_fast.execution.launch.job import Launch, array_lines, bash_file, heading, unit_words
 from merit_fast.execution.launch.steps import Step
@@ -13,8 +14,10 @@ job() {{  # NAME FLAVOR COMMAND...: starts a Job and prints its id
     local name=$1 flavor=$2
     shift 2
     hf jobs run --detach --quiet --name "$name" --flavor "$flavor" {words} \\
-        -- {image} bash -c 'cd "$0" && exec "$@"' {folder} "$@"
+        -- {image} bash -c {start} {place} "$@"
 }}"""
+_IN_FOLDER = 'cd "$0" && exec "$@"'
+_WITH_CONFIG = 'mkdir -p {folder} && printf %s "$0" > {file} && exec "$@"'
 _STEP = """\
 ids=()
 for unit in "${{units[@]}}"; do
@@ -27,7 +30,14 @@ for unit in "${{units[@]}}"; do
 def hf_files(launch: Launch) -> dict[str, str]:
     """The script, by its name."""
     options = launch.options
-    words = ["--attempts", str(_ATTEMPTS), "--volume", f"{options.storage}:{launch.folder}"]
+    words = ["--attempts", str(_ATTEMPTS)]
+    start = _IN_FOLDER
+    if launch.config:
+        file = launch.config_file
+        folder = str(Path(file).parent)
+        start = _WITH_CONFIG.format(folder=shlex.quote(folder), file=shlex.quote(file))
+    else:
+        words += ["--volume", f"{options.storage}:{launch.folder}"]
     if options.minutes:
         words += ["--timeout", f"{options.minutes}m"]
     for name in options.secret:
@@ -36,7 +46,8 @@ def hf_files(launch: Launch) -> dict[str, str]:
         flavor=shlex.quote(options.accelerator or "cpu-upgrade"),
         words=shlex.join(words),
         image=shlex.quote(options.image or ""),
-        folder=shlex.quote(launch.folder),
+        start=shlex.quote(start),
+        place=shlex.quote(launch.config or launch.folder),
     )
     lines = head.splitlines()
     for step in launch.steps:

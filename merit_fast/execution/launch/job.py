@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from merit_fast.execution.launch.steps import Step
+from merit_fast.manifests.ledger import UNITS_FOLDER
 
 _LONGEST = 30  # characters of a run's name in names of jobs
+_END = "END_OF_THE_CONFIG"
 _UNSAFE = re.compile(r"[^a-z0-9]+")
 
 
@@ -28,6 +30,7 @@ class Options:
     image: str | None = None
     install: str | None = None
     storage: str | None = None
+    scratch: str | None = None
     secret: tuple[str, ...] = ()
 
 
@@ -43,6 +46,8 @@ class Launch:
         words: CONFIG.yml and the values that override its keys.
         steps: the units that are to be done.
         undecided: keys that leave the branches to the split, which is not done; "" otherwise.
+        options: of the jobs.
+        config: the resolved YAML, for jobs that see no folder of this machine; "" otherwise.
     """
 
     target: str
@@ -53,6 +58,19 @@ class Launch:
     steps: tuple[Step, ...]
     undecided: str = ""
     options: Options = field(default=Options())
+    config: str = ""
+
+    @property
+    def storage_words(self) -> tuple[str, ...]:
+        """Words of a command that name the store of outputs and the scratch folder."""
+        if self.options.scratch is None:
+            return ()
+        return "--storage", self.options.storage or "", "--scratch", self.options.scratch
+
+    @property
+    def config_file(self) -> str:
+        """The path at which a job puts the YAML that it brings along."""
+        return f"{self.options.scratch}/{UNITS_FOLDER}/run.yml"
 
     @property
     def name(self) -> str:
@@ -75,12 +93,13 @@ def unit_words(launch: Launch, step: Step) -> list[str]:
     if step.processes > 1:
         program = ["torchrun", "--standalone", "--nproc-per-node", str(step.processes)]
         program += ["-m", "merit_fast"]
-    return [*program, "unit", *launch.words]
+    words = (launch.config_file,) if launch.config else launch.words
+    return [*program, "unit", *words, *launch.storage_words]
 
 
 def run_words(launch: Launch, executor: str) -> list[str]:
     """The command of a driver that does all units."""
-    words = ["merit-fast", "run", *launch.words, "--executor", executor]
+    words = ["merit-fast", "run", *launch.words, "--executor", executor, *launch.storage_words]
     if launch.options.workers:
         words += ["--workers", str(launch.options.workers)]
     if launch.gpus > 1:
@@ -97,10 +116,24 @@ def step_lines(launch: Launch, step: Step, index: str) -> list[str]:
         index: the variable with the number of a parallel step's job, from 0.
     """
     command = shlex.join(unit_words(launch, step))
-    lines = [f"cd {shlex.quote(launch.folder)}"]
+    lines = place_lines(launch)
     if not step.is_parallel:
         return lines + [f"{command} {shlex.quote(unit)}" for unit in step.units]
     return [*lines, *array_lines(step), f'exec {command} "${{units[{index}]}}"']
+
+
+def place_lines(launch: Launch) -> list[str]:
+    """Bash that goes into the run's folder; or that writes the YAML, for a job that sees none."""
+    if not launch.config:
+        return [f"cd {shlex.quote(launch.folder)}"]
+    file = shlex.quote(launch.config_file)
+    return [
+        f"mkdir -p {shlex.quote(str(Path(launch.config_file).parent))}",
+        f"cat > {file}.$$ <<'{_END}'",
+        *launch.config.splitlines(),
+        _END,
+        f"mv {file}.$$ {file}",
+    ]
 
 
 def array_lines(step: Step) -> list[str]:

@@ -68,7 +68,7 @@ def _pod(launch: Launch, step: Step) -> dict[str, Any]:
         "name": step.name,
         "image": options.image,
         "command": ["bash", "-c", _escaped("\n".join([*lines, ""]))],
-        "volumeMounts": [{"name": "run", "mountPath": launch.folder}],
+        "volumeMounts": [{"name": "run", "mountPath": options.scratch or launch.folder}],
     }
     if options.secret:
         container["envFrom"] = [{"secretRef": {"name": name}} for name in options.secret]
@@ -79,9 +79,10 @@ def _pod(launch: Launch, step: Step) -> dict[str, Any]:
         resources["limits"] = {"nvidia.com/gpu": str(step.gpus)}
     if resources:
         container["resources"] = resources
-    volumes: list[dict[str, Any]] = [
-        {"name": "run", "persistentVolumeClaim": {"claimName": options.storage}}
-    ]
+    volume: dict[str, Any] = {"persistentVolumeClaim": {"claimName": options.storage}}
+    if options.scratch:  # which a container that starts again finds as it was
+        volume = {"emptyDir": {}}
+    volumes: list[dict[str, Any]] = [{"name": "run", **volume}]
     if step.gpus > 1:  # the processes of torchrun exchange through /dev/shm, which is 64 MiB
         container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})

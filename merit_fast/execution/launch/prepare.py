@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from merit_fast.data.paths import is_hub_id, is_url
@@ -11,15 +11,16 @@ from merit_fast.errors import InputError
 from merit_fast.execution.launch.job import Launch, Options
 from merit_fast.execution.launch.steps import Step, only, predicted_units, steps_of, undecided
 from merit_fast.execution.launch.targets import TARGETS, Target
+from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.manifests.stages import SPLIT
 from merit_fast.options.parser import to_plain
-from merit_fast.pipeline.config import RunConfig, paths_in
+from merit_fast.pipeline.config import RunConfig, paths_in, run_config_text
 from merit_fast.pipeline.outputs import Outputs
+from merit_fast.pipeline.storage.place import refuse_credentials
+from merit_fast.pipeline.storage.secret import secrets_in
 from merit_fast.pipeline.units.listing import list_units, missing_units
 
 _FLAGS = {"minutes": "--time"}
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.I)
-_LEAST_SECRET = 8  # characters: a shorter value may stand in a file by chance
 _PARTITION = re.compile(r"[A-Za-z0-9_.,-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
@@ -46,8 +47,10 @@ def prepare_launch(
     folder = Path.cwd()
     if not table.is_here:
         _check_dtypes(config, target)
-    if table.mounts:
+    if table.mounts and options.scratch is None:
         _check_places(config, words[0], folder)
+    elif table.mounts:
+        _check_inputs(config)
     steps, open_keys = _steps(config, options.gpus or 0, made_by)
     if table.drives:  # the driver finds the units itself
         open_keys = ""
@@ -60,6 +63,7 @@ def prepare_launch(
         steps=steps,
         undecided=open_keys,
         options=options,
+        config="" if table.drives else _carried_config(config, options.scratch),
     )
 
 
@@ -72,7 +76,7 @@ def launch_files(launch: Launch) -> dict[str, str]:
     if not launch.steps:
         return {}
     files = TARGETS[launch.target].make(launch)
-    _refuse_secrets(files, os.environ)
+    _refuse_secrets(files)
     return files
 
 
@@ -151,6 +155,9 @@ def _check_accelerator(target: str, options: Options) -> None:
 
 def _check_storage(target: str, options: Options) -> None:
     storage = options.storage
+    if options.scratch is not None or target in ("slurm", "ray"):
+        _check_scratch(target, options)
+        return
     if storage is None:
         return
     rules = {
@@ -161,6 +168,44 @@ def _check_storage(target: str, options: Options) -> None:
     holds, rule = rules[target]
     if not holds:
         raise InputError(f"command line: --storage: must be {rule}, got {storage!r}")
+
+
+def _check_scratch(target: str, options: Options) -> None:
+    """Checks the store and the scratch folder of units that fetch and send by themselves."""
+    if (options.storage is None) != (options.scratch is None):
+        given = "--scratch" if options.storage is None else "--storage"
+        other = "--storage" if options.storage is None else "--scratch"
+        raise InputError(f"command line: {given}: goes with {other}, which is not given")
+    if options.storage is None or options.scratch is None:
+        return
+    refuse_credentials(options.storage)
+    is_path = options.storage.startswith("/") and not TARGETS[target].mounts
+    if "://" not in options.storage and not is_path:
+        rule = "a URL with --scratch, such as s3://bucket/run"
+        raise InputError(f"command line: --storage: must be {rule}, got {options.storage!r}")
+    if not options.scratch.startswith("/"):
+        raise InputError(
+            f"command line: --scratch: must be an absolute path, got {options.scratch!r}"
+        )
+
+
+def _carried_config(config: RunConfig, scratch: str | None) -> str:
+    """The YAML that jobs with a scratch folder bring along; "" without one."""
+    if scratch is None:
+        return ""
+    return run_config_text(replace(config, output=scratch), Path(scratch) / UNITS_FOLDER)
+
+
+def _check_inputs(config: RunConfig) -> None:
+    """Checks that jobs that see no disk of this machine find the base and the rows."""
+    plain = to_plain(config)
+    for mapping, name, key in paths_in(plain):
+        path = mapping[name]
+        if path and (Path(path).expanduser().exists() or not (is_hub_id(path) or is_url(path))):
+            raise InputError(
+                f"{key}: must be an id of the hub or a URL with --scratch, since the jobs see no "
+                f"disk of this machine; got {path}"
+            )
 
 
 def _check_secret(target: str, options: Options) -> None:
@@ -204,17 +249,14 @@ def _check_places(config: RunConfig, file: str, folder: Path) -> None:
             )
 
 
-def _refuse_secrets(files: Mapping[str, str], environment: Mapping[str, str]) -> None:
+def _refuse_secrets(files: Mapping[str, str]) -> None:
     """Refuses files that hold the value of a variable whose name tells a secret.
 
     Raises:
         InputError: names the file and the variable.
     """
-    for variable, value in environment.items():
-        if len(value) < _LEAST_SECRET or not _SECRET.search(variable):
-            continue
-        for name, text in files.items():
-            if value in text:
-                raise InputError(
-                    f"{name}: would hold the value of {variable}; give names of secrets only"
-                )
+    for name, text in files.items():
+        for variable in secrets_in(text):
+            raise InputError(
+                f"{name}: would hold the value of {variable}; give names of secrets only"
+            )

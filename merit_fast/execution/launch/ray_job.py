@@ -35,8 +35,9 @@ def ray_files(launch: Launch) -> dict[str, str]:
     submit = ["ray", "job", "submit"]
     if environment:
         submit += ["--runtime-env-json", json.dumps(environment)]
+    who = "the driver's node" if options.scratch else "every node"
     lines = [
-        "# RAY_API_SERVER_ADDRESS names the cluster; every node sees the folder below.",
+        f"# RAY_API_SERVER_ADDRESS names the cluster; {who} sees the folder below.",
         f"{shlex.join(submit)} -- bash -c \\",
         f"    {shlex.quote(entry)}",
     ]

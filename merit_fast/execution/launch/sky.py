@@ -9,6 +9,7 @@ from merit_fast.execution.launch.job import (
     array_lines,
     bash_file,
     heading,
+    place_lines,
     step_lines,
     unit_words,
 )
@@ -66,7 +67,9 @@ def _task(launch: Launch, step: Step) -> dict[str, Any]:
     if options.secret:
         task["secrets"] = dict.fromkeys(options.secret)
     storage = options.storage or ""
-    if "://" in storage:
+    if options.scratch:
+        pass  # units fetch and send by themselves
+    elif "://" in storage:
         task["file_mounts"] = {launch.folder: {"source": storage, "mode": "MOUNT_CACHED"}}
     else:
         task["volumes"] = {launch.folder: storage}
@@ -80,4 +83,4 @@ def _run(launch: Launch, step: Step) -> list[str]:
     if not step.is_parallel:
         return step_lines(launch, step, "")
     command = shlex.join(unit_words(launch, step))
-    return [f"cd {shlex.quote(launch.folder)}", f'exec {command} "$UNIT"']
+    return [*place_lines(launch), f'exec {command} "$UNIT"']

@@ -1,7 +1,7 @@
 """The steps of a run: units that one job, or one job for each of them, does after other steps.
 
-warmup -> sketch -> split -> train -> merge -> evaluate -> report
-                    split -> base  ---------> evaluate
+warmup -> factors -> sketch -> split -> train -> merge -> evaluate -> report
+                               split -> base  ---------> evaluate
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from merit_fast.manifests.stages import AUDIT, EVALUATE, MERGE, REPORT, SKETCH, SPLIT, TRAIN
 from merit_fast.pipeline.arms import WARMUP, iid_arms, joint_arms, seeded
 from merit_fast.pipeline.config import RunConfig
-from merit_fast.pipeline.units.listing import BASE
+from merit_fast.pipeline.units.listing import BASE, FACTORS
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ def predicted_units(config: RunConfig) -> list[str]:
     Where the config leaves the branches to the split (``undecided``): those up to the split.
     """
     names = [WARMUP] if config.split.warmup else []
-    if config.split.normalize != "kfac":
-        names += [f"{SKETCH.name}/{dataset.name}" for dataset in config.mixture]
+    if config.split.normalize == "kfac":
+        names.append(FACTORS)
+    names += [f"{SKETCH.name}/{dataset.name}" for dataset in config.mixture]
     names += [SKETCH.name, SPLIT.name]
     if config.split.groups == "auto" or undecided(config):
         return names
@@ -88,8 +89,9 @@ def steps_of(config: RunConfig, units: Sequence[str], gpus: int) -> list[Step]:
     one = min(gpus, 1)
     by_name = {
         WARMUP: Step(WARMUP, (), (), False, one),
-        SKETCH.name: Step(SKETCH.name, (), (WARMUP,), True, one),
-        SPLIT.name: Step(SPLIT.name, (), (SKETCH.name,), False, one * _has_kfac(config)),
+        FACTORS: Step(FACTORS, (), (WARMUP,), False, one),
+        SKETCH.name: Step(SKETCH.name, (), (FACTORS,), True, one),
+        SPLIT.name: Step(SPLIT.name, (), (SKETCH.name,)),
         TRAIN.name: Step(TRAIN.name, (), (SPLIT.name,), True, gpus),
         "base": Step("base", (), (SPLIT.name,), False, one),
         MERGE.name: Step(MERGE.name, (), (TRAIN.name,), False, one * config.merge.is_tuned),
@@ -113,11 +115,6 @@ def only(steps: Iterable[Step], units: Collection[str]) -> list[Step]:
         if mine:
             kept.append(replace(step, units=mine, after=after))
     return kept
-
-
-def _has_kfac(config: RunConfig) -> bool:
-    """Whether the unit ``sketch`` itself sketches, as K-FAC's factors are of all datasets."""
-    return config.split.normalize == "kfac"
 
 
 def _step_of(unit: str) -> str:

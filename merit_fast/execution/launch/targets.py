@@ -20,7 +20,8 @@ class Target:
         make: returns the files by their names.
         needs: options without which there are no files.
         reads: options that it reads too.
-        mounts: whether the jobs see only a storage, which is mounted at the current folder.
+        mounts: whether the jobs see only a storage, which is mounted at the current folder; with
+            a scratch folder nothing is mounted, and they bring the config along.
         is_here: whether all units run on this machine.
         drives: whether a driver does all units, so that they need not be known.
     """
@@ -35,24 +36,33 @@ class Target:
 
 TARGETS = {
     "shell": Target(shell_files, (), ("gpus", "workers"), is_here=True),
-    "slurm": Target(slurm_files, (), ("gpus", "cpus", "workers", "minutes", "partition")),
+    "slurm": Target(
+        slurm_files,
+        (),
+        ("gpus", "cpus", "workers", "minutes", "partition", "storage", "scratch"),
+    ),
     "sky": Target(
         sky_files,
         ("storage",),
-        ("gpus", "accelerator", "cpus", "image", "install", "secret"),
+        ("gpus", "accelerator", "cpus", "image", "install", "scratch", "secret"),
         mounts=True,
     ),
-    "ray": Target(ray_files, (), ("gpus", "workers", "image", "install"), drives=True),
+    "ray": Target(
+        ray_files,
+        (),
+        ("gpus", "workers", "image", "install", "storage", "scratch"),
+        drives=True,
+    ),
     "k8s-job": Target(
         kubernetes_files,
         ("image", "storage"),
-        ("gpus", "cpus", "workers", "minutes", "secret"),
+        ("gpus", "cpus", "workers", "minutes", "scratch", "secret"),
         mounts=True,
     ),
     "hf-jobs": Target(
         hf_files,
         ("image", "storage"),
-        ("gpus", "accelerator", "minutes", "secret"),
+        ("gpus", "accelerator", "minutes", "scratch", "secret"),
         mounts=True,
     ),
 }

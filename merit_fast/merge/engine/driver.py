@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from merit_fast.kernels.average.dtypes import ITEM_BYTES
 from merit_fast.kernels.average.elements import ElementRule
 from merit_fast.kernels.average.vectors import VectorRule
 from merit_fast.kernels.lazy import np
+from merit_fast.manifests.following import FollowingHash
 from merit_fast.merge.config import MergeConfig
 from merit_fast.merge.engine.compiled import native
 from merit_fast.merge.engine.compiled.native import Advance
@@ -29,30 +31,48 @@ from merit_fast.merge.engine.values import Array, values
 from merit_fast.merge.read.entries import files_of, is_float, value_dtype
 from merit_fast.merge.read.remote import Location
 from merit_fast.merge.rules.function import FunctionRule
-from merit_fast.records import replace
+from merit_fast.records import record, replace
 
 GRAM_CHUNK = SQUARES_CHUNK  # elements; sums are joined chunk by chunk, so one size gives one result
 
 _MOST_HELD = 8 << 20  # bytes
 
 
-def write_shard(
-    shard: Shard, config: MergeConfig, path: Path, advance: Advance, backend: str | None = None
-) -> dict[str, Array]:
-    """Writes one output file by its segments' rules: created, preallocated, not fsynced.
+@record
+class WrittenShard:
+    """What is known of a file that is written.
 
-    Returns:
-        With ``config.stats``, each tensor's Gram matrix of the deltas from its last input, the
-        base; else nothing.
+    Attributes:
+        grams: with ``config.stats``, each tensor's Gram matrix of the deltas from its last input,
+            the base; else nothing.
+        digest: XXH3, 128 bits, of the file in hex; None: it was not wanted.
+    """
+
+    grams: dict[str, Array]
+    digest: str | None
+
+
+def write_shard(
+    shard: Shard,
+    config: MergeConfig,
+    path: Path,
+    advance: Advance,
+    backend: str | None = None,
+    hashed: bool = True,
+) -> WrittenShard:
+    """Writes one output file by its segments' rules: created, preallocated, not fsynced.
 
     Raises:
         InputError: a value is not finite, an integer tensor differs, an input is shorter than its
             header says.
         MeritFastError: reading or writing failed, the disk is full.
     """
-    with open_files(input_files((*shard.segments, *shard.copies)), path) as opened:
+    with (
+        open_files(input_files((*shard.segments, *shard.copies)), path) as opened,
+        _hash_of_output(shard, opened, backend) if hashed else nullcontext() as digest,
+    ):
         os.posix_fallocate(opened.output, 0, shard.num_bytes)
-        os.pwrite(opened.output, shard.header, 0)
+        opened.write(shard.header, 0)
         if shard.frame is not None:
             shard.frame.begin(opened.output)
         engine = _Engine(config, opened, config.stats, config.stats, advance, backend)
@@ -76,8 +96,21 @@ def write_shard(
                 _copy_equal(segment, opened)
         if shard.frame is not None:
             shard.frame.finish(opened.output, config.threads)
+        written = WrittenShard(grams, digest.finish(shard.num_bytes) if digest else None)
     write_shard_roundings(path.parent, shard, roundings)
-    return grams
+    return written
+
+
+def _hash_of_output(shard: Shard, opened: OpenFiles, backend: str | None) -> FollowingHash:
+    """The hash of a shard that begins now; it follows the engine where no byte changes again."""
+    if shard.frame is None and _is_native(backend):
+        opened.written = dispatch.native().Written()
+        return FollowingHash(opened.output, opened.written.prefix)
+    return FollowingHash(opened.output, lambda: 0)
+
+
+def _is_native(backend: str | None) -> bool:
+    return dispatch.choose("merge_files", "cpu", backend) == "cpu"
 
 
 def gram_shard(
@@ -149,7 +182,7 @@ class _Engine:
         self.advance = advance
         self.takes_gram = takes_gram
         self.from_base = from_base
-        self.is_native = dispatch.choose("merge_files", "cpu", backend) == "cpu"
+        self.is_native = _is_native(backend)
 
     def run(self, segments: Sequence[Segment]) -> dict[str, Array]:
         grams: dict[str, Array] = {}

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from merit_fast.errors import InputError, MeritFastError
 from merit_fast.kernels.average._eager import to_float64
@@ -23,6 +24,7 @@ class OpenFiles:
         self.descriptors: dict[Location, int] = {}
         self.remote: list[RemotePath] = []
         self.output = -1
+        self.written: Any = None  # merit_fast._C.Written of the output, where somebody follows
         self.kept: dict[object, np.ndarray] = {}  # small results that later chunks need again
         self._failure: MeritFastError | None = None
 
@@ -64,6 +66,8 @@ class OpenFiles:
             _fill(at, data)
         else:
             os.pwrite(self.output, data, at)
+            if self.written is not None:
+                self.written.add(at, len(data))
 
     def small_array(self, entry: TensorEntry) -> np.ndarray:
         """A whole small tensor (a scale, a factor of an adapter) in float64."""

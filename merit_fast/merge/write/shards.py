@@ -122,14 +122,14 @@ class ShardWriter:
             if self.upload and len(pending) > 1:
                 pending[-2].result()  # the disk holds two files
             part = self._new_part(shard)
-            grams = write_shard(shard, self.config, part, lambda count: task.advance(count))
+            written = write_shard(shard, self.config, part, task.advance, hashed=self._is_hashed)
             if self.config.stats:
                 from merit_fast.merge.engine.geometry import write_shard_grams
 
-                write_shard_grams(self.directory, shard, grams)
+                write_shard_grams(self.directory, shard, written.grams)
             held = stack.pop_all()  # until the file has its name
             earlier = pending[-1] if pending else None
-            pending.append(Job(lambda: self._settle(part, shard, held), earlier))
+            pending.append(Job(lambda: self._settle(part, shard, written.digest, held), earlier))
         return True
 
     def _lock(self, shard: Shard, stack: ExitStack, wait: bool) -> bool:
@@ -146,17 +146,21 @@ class ShardWriter:
             stack.enter_context(exclusive(lock, owner))
         return True
 
+    @property
+    def _is_hashed(self) -> bool:
+        return self.upload is None or self.config.checksum
+
     def _new_part(self, shard: Shard) -> Path:
         """The name under which this process writes a file; removes what dead ones have left."""
         for old in self.directory.glob(f"{shard.file}*.part"):
             old.unlink()
         return self.directory / f"{shard.file}.{host_name()}-{os.getpid()}.part"
 
-    def _settle(self, part: Path, shard: Shard, held: ExitStack) -> None:
+    def _settle(self, part: Path, shard: Shard, digest: str | None, held: ExitStack) -> None:
         final = self.directory / shard.file
         with held:
-            if self.upload is None or self.config.checksum:
-                write_record(final, part, self.config.fsync)
+            if self._is_hashed:
+                write_record(final, part, digest)
                 if self.config.stats:
                     from merit_fast.merge.engine.geometry import gram_file
 
@@ -252,7 +256,7 @@ def finish_output(
         }
     text = index_text(plan.files, metadata)
     if text is not None:
-        write_text(directory / INDEX_FILE, text, config.fsync)
+        write_text(directory / INDEX_FILE, text, fsync=False)  # with the whole output
 
 
 def _written_head(plan: Plan, folder: Location) -> tuple[TensorEntry, TensorEntry] | None:

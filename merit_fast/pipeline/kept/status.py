@@ -20,6 +20,7 @@ from merit_fast.manifests.ledger import (
 from merit_fast.manifests.locks import LOCKS_FOLDER, owner_of, stage_lock
 from merit_fast.manifests.stages import AUDIT, EVALUATE, MERGE, REPORT, SKETCH, SPLIT, STAGES, TRAIN
 from merit_fast.manifests.state import OutputState, check_output, differences
+from merit_fast.pipeline.arms import WARMUP
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.pipeline.data import TARGETS_FOLDER, TOKENS_FOLDER
 from merit_fast.pipeline.outputs import Outputs
@@ -53,10 +54,30 @@ def config_status(config: RunConfig, command: str, verify: bool) -> list[OutputS
     outputs = Outputs(config, command, verify)
     root = outputs.root
     ledger = outputs.records.ledger()
-    expected = {outputs.records.name(path): m for path, m in outputs.expected().items()}
+    expected = {outputs.records.name(path): m for path, m in _expected(outputs).items()}
     rows = [_of_config(root, name, m, ledger, verify) for name, m in expected.items()]
     others = (*_others(root, set(expected), ledger), *_units(root, rows), *_caches(outputs))
     return [*rows, *others]
+
+
+def _expected(outputs: Outputs) -> dict[Path, StageManifest]:
+    """Every output by its path; those after the split only if the split is up to date."""
+    split = outputs.folder(SPLIT)
+    expected = {outputs.folder(SKETCH): outputs.sketch, split: outputs.split}
+    if outputs.config.split.warmup:
+        warmup = outputs.branch_path(WARMUP)
+        expected = {warmup: outputs.branch(outputs.warmup), **expected}
+    if not outputs.records.check(split, outputs.split.fingerprint).is_current:
+        return expected
+    for branch in outputs.plan.trained:
+        expected[outputs.branch_path(branch.name)] = outputs.branch(branch)
+    for name in outputs.plan.merges:
+        expected[outputs.merge_path(name)] = outputs.merge(name)
+    expected[outputs.folder(EVALUATE)] = outputs.evaluate
+    if outputs.config.evaluate.audit:
+        expected[outputs.folder(AUDIT)] = outputs.audit
+    expected[outputs.folder(REPORT)] = outputs.report
+    return expected
 
 
 def _units(root: Path, rows: Sequence[OutputStatus]) -> Iterator[OutputStatus]:

@@ -13,6 +13,7 @@ from merit_fast.merge.read.files import read_json
 from merit_fast.pipeline.config import RunConfig
 from merit_fast.split.config import SplitConfig
 from merit_fast.train.config import TrainConfig
+from merit_fast.train.parallel.world import world_size
 
 # Ops of each stage that have no way around them.
 _OPS = {
@@ -70,11 +71,15 @@ def check_parts(base: Path, split: SplitConfig, freeze: Sequence[str] | None) ->
 
 
 def check_memory(base: Path, split: SplitConfig) -> None:
-    """Checks that a base can be read layer by layer, if ``split.memory`` wants that.
+    """Checks that a base can be read layer by layer, or divided, if ``split.memory`` wants that.
 
     Raises:
-        InputError: it has quantised weights, or no safetensors files.
+        InputError: it has quantised weights, or no safetensors files; see ``load_divided_model``.
     """
+    if split.memory == "divided" and world_size() > 1:
+        from merit_fast.train.parallel.load import check_divisible
+
+        check_divisible(str(base), split.dtype, "split.memory")
     if split.memory != "layers":
         return
     from merit_fast.model import weight_files

@@ -12,6 +12,7 @@ from merit_fast.pipeline.outputs import Outputs
 from merit_fast.pipeline.preflight.base import num_parameters, num_trained_parameters
 from merit_fast.pipeline.preflight.load import Load, merges_of, sketch_load, train_load, warmup_load
 from merit_fast.pipeline.preflight.pending import warmup_is_pending
+from merit_fast.sketch.config import SketchConfig
 from merit_fast.train.config import TrainConfig
 from merit_fast.units import human_bytes
 
@@ -28,18 +29,20 @@ class Disk:
     checkpoint: int = 0  # of the branch in training; the next one is written before it goes
     merges: int = 0
     rows: int = 0  # stored by the sketch
+    spans: int = 0  # sums, and rows once more, of the dataset with the most spans
 
     @property
     def total(self) -> int:
-        return self.branches + self.checkpoint + self.merges + self.rows
+        return self.branches + self.checkpoint + self.merges + self.rows + self.spans
 
 
 def disk_of(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> Disk:
     """The bytes of the models and stored rows that these stages still make."""
     rows = _stored_bytes(outputs, data) if SKETCH in pending else 0
+    spans = _span_bytes(outputs, data) if SKETCH in pending else 0
     makes_branches = TRAIN in pending or (SKETCH in pending and warmup_is_pending(outputs))
     if not (makes_branches or MERGE in pending):
-        return Disk(rows=rows)
+        return Disk(rows=rows, spans=spans)
     config = outputs.config
     parameters = num_parameters(outputs.base)
     warmup = Load()
@@ -57,6 +60,7 @@ def disk_of(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> Disk:
         checkpoint=2 * trained * _checkpoint_bytes(config.train, (warmup + load).longest),
         merges=merges_of(outputs) * parameters * _item_bytes(merged) * (MERGE in pending),
         rows=rows,
+        spans=spans,
     )
 
 
@@ -64,8 +68,23 @@ def _stored_bytes(outputs: Outputs, data: RunData) -> int:
     split = outputs.config.split
     if not split.store:
         return 0
-    each = _ROW_BYTES + 2 * split.store_dim
-    return each * sketch_load(outputs.config, data.sketched).rows
+    return _row_bytes(split) * sketch_load(outputs.config, data.sketched).rows
+
+
+def _span_bytes(outputs: Outputs, data: RunData) -> int:
+    """Bytes of spans, which are there until their dataset is finished."""
+    config = outputs.config.split.sketch_config()
+    most = max(config.num_spans(dataset.num_examples) for dataset in data.sketched)
+    if most == 1:
+        return 0
+    sums = 8 * (config.blocks + 1) * config.proj_dim * (1 + len(config.parts or {}))
+    rows = config.span * _row_bytes(config) * config.store
+    return most * (sums + rows)
+
+
+def _row_bytes(config: SketchConfig) -> int:
+    """Bytes of a stored row."""
+    return _ROW_BYTES + 2 * config.store_dim
 
 
 def check_disk(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> None:
@@ -82,6 +101,7 @@ def check_disk(outputs: Outputs, data: RunData, pending: Sequence[Stage]) -> Non
             "merges": disk.merges,
             "checkpoints": disk.checkpoint,
             "stored rows": disk.rows,
+            "spans of sketches": disk.spans,
         }
         parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in kinds.items() if size)
         raise InputError(

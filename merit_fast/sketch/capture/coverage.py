@@ -17,7 +17,7 @@ from merit_fast.sketch.capture.experts import (
 )
 from merit_fast.sketch.capture.layout import Pass, Site
 from merit_fast.sketch.capture.norms import epsilon_of_rms_norm, unit_of_affine
-from merit_fast.sketch.capture.wrapping import own_forward
+from merit_fast.sketch.divided.wrapping import own_forward
 
 _WEIGHT_AND_BIAS = frozenset({"weight", "bias"})
 # (site, run, dy, *inputs) adds to ``run``.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from merit_fast.model.layered.stream import bring_in
 from merit_fast.sketch.capture.layout import Pass, Site
+from merit_fast.sketch.divided.places import present
 
 _PROBE_TOKENS = 4
 
@@ -65,13 +65,14 @@ def experts_backward(
     cells = ids.reshape(-1)[order] * run.size + example[token]
     counts = torch.bincount(cells, minlength=experts * run.size).view(experts, run.size).cpu()
     start = 0
-    for expert, stop in enumerate(counts.sum(1).cumsum(0).tolist()):
-        if stop > start:
-            rows = token[start:stop]
-            routed = dy[rows] * weights.reshape(-1)[order[start:stop]].unsqueeze(-1)
-            bounds = F.pad(counts[expert].cumsum(0), (1, 0))
-            _one_expert(site, run, expert, states[rows], routed, bounds)
-        start = stop
+    with present(module):  # what accelerate offloads is not there in the backward pass
+        for expert, stop in enumerate(counts.sum(1).cumsum(0).tolist()):
+            if stop > start:
+                rows = token[start:stop]
+                routed = dy[rows] * weights.reshape(-1)[order[start:stop]].unsqueeze(-1)
+                bounds = F.pad(counts[expert].cumsum(0), (1, 0))
+                _one_expert(site, run, expert, states[rows], routed, bounds)
+            start = stop
 
 
 def _one_expert(site: Site, run: Pass, expert: int, x: Tensor, dy: Tensor, bounds: Tensor) -> None:
@@ -121,7 +122,11 @@ def _agrees(module: nn.Module) -> bool:
     """Whether the module computes y above, found by a trial."""
     if getattr(module, "_is_expert_parallel", False):
         return False
-    bring_in(module)
+    with present(module):
+        return _trial_agrees(module)
+
+
+def _trial_agrees(module: nn.Module) -> bool:
     first = getattr(module, _first_name(module))
     down = module.down_proj
     transposed = getattr(module, "is_transposed", False)

@@ -22,11 +22,12 @@ from merit_fast.sketch.capture.coverage import (
 from merit_fast.sketch.capture.layout import Pass, Refusal, Site
 from merit_fast.sketch.capture.local import local_backward, replaced, slot_of
 from merit_fast.sketch.capture.shared_rows import SharedRows
-from merit_fast.sketch.capture.taps import extra_pass, tap
+from merit_fast.sketch.capture.taps import begin_at_output, extra_pass, tap
 from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.capture.trees import map_tensors, tensors_of
 from merit_fast.sketch.capture.uses import RawUses
-from merit_fast.sketch.capture.wrapping import contiguous_input, submodule, wrap_forward
+from merit_fast.sketch.divided.places import is_around_fsdp2
+from merit_fast.sketch.divided.wrapping import contiguous_input, submodule, wrap_forward
 from merit_fast.sketch.frozen_linear import faster_forward
 
 Backward = Callable[..., None]  # (site, its target or targets, dy or dys, *inputs)
@@ -46,6 +47,7 @@ class ModuleTaps:
     Attributes:
         run: the forward pass whose sketches are not taken yet.
         covered: name -> how many modules that run now are known to use the parameter.
+        require_here: called with every module that runs and the parameters of its site.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ModuleTaps:
         self.covered = Counter[str]()
         self.towers = find_towers(model)
         self.anchor = torch.zeros(0, requires_grad=True)
+        self.require_here: Callable[[nn.Module, Mapping[str, str]], None] = lambda *site: None
         self.sites = self._sites()
         self._covers = [(site, self._cover(site)) for site in self.sites]
         self._used = dict[nn.Module, set[str]]()
@@ -77,8 +80,9 @@ class ModuleTaps:
             self._restore.append(head.register_forward_pre_hook(contiguous_input).remove)
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             inputs = {submodule(module, "get_input_embeddings") for module in self.model.modules()}
+            begin_graph = functools.partial(begin_at_output, self.anchor)
             for embedding in filter(None, inputs):
-                self._restore.append(embedding.register_forward_hook(self._begin_graph).remove)
+                self._restore.append(embedding.register_forward_hook(begin_graph).remove)
 
     def detach(self) -> None:
         while self._restore:
@@ -125,6 +129,7 @@ class ModuleTaps:
         site = site.without(self.slow)
         if not site.owned:
             return original(*args, **kwargs)
+        self.require_here(site.module, site.owned)
         if not torch.is_grad_enabled():
             if run is not None and run.open:
                 run.ran_without_grad.update(site.owned.values())
@@ -174,10 +179,12 @@ class ModuleTaps:
         uses.tap_use = functools.partial(self._tap_use, site, run, uses)
         with replaced(module, stand_ins), uses:
             output = original(*args, **kwargs)
-        returned = {uses.owned[id(v)] for v in tensors_of(output) if id(v) in uses.owned}
-        if returned:
+        if returned := {uses.owned[id(v)] for v in tensors_of(output) if id(v) in uses.owned}:
             kept = [n for local, n in site.owned.items() if local not in returned]
             self.refuse(site.without(kept).refusal("is returned by its module"))
+            site = site.without(self.slow)
+        if uses.other and is_around_fsdp2(module):
+            self.refuse(site.refusal("is used by a module around others that are divided"))
             site = site.without(self.slow)
         others = site.without([n for local, n in site.owned.items() if local not in uses.other])
         if run.exploring:
@@ -291,10 +298,3 @@ class ModuleTaps:
             yield
         finally:
             self.covered.subtract(names)
-
-    def _begin_graph(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Gives reentrant checkpointing an input that requires a gradient."""
-        needs_tap = isinstance(output, Tensor) and not output.requires_grad
-        if not torch.is_grad_enabled() or not needs_tap:
-            return output
-        return tap(self.anchor, [output], lambda dys: None)[0]

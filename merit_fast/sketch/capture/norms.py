@@ -1,9 +1,9 @@
 """Norms of any model, recognised by trying: y = a(w) n(x) + b."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
+
+from merit_fast.sketch.divided.places import device_of
 
 
 def unit_of_affine(module: nn.Module) -> nn.Module | None:
@@ -19,9 +19,10 @@ def unit_of_affine(module: nn.Module) -> nn.Module | None:
     weight = parameters["weight"]
     if len(weight) == 1:  # it may multiply any number of channels
         return None
+    device = device_of(module, weight)
     generator = torch.Generator().manual_seed(0)
     x, w = (
-        torch.randn(shape, generator=generator, dtype=torch.float32).to(weight.device)
+        torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
         for shape in ((3, 2, len(weight)), weight.shape)
     )
     zero = torch.zeros_like(w)
@@ -36,8 +37,8 @@ def unit_of_affine(module: nn.Module) -> nn.Module | None:
             if torch.allclose(at - low, w * result, atol=1e-4) and torch.allclose(
                 shifted, at + bias, atol=1e-4
             ):
-                values = {local: torch.zeros_like(parameters[local]) for local in others}
-                values["weight"] = torch.full_like(weight, value, requires_grad=False)
+                constants = {**dict.fromkeys(others, 0.0), "weight": value}
+                values = {k: _filled(v, parameters[k], device) for k, v in constants.items()}
                 return twin_of(module, values)
     except Exception:  # a foreign module raises anything; it is no norm over its last dimension
         return None
@@ -64,13 +65,20 @@ def epsilon_of_rms_norm(unit: nn.Module) -> float | None:
 
 def twin_of(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     """Returns a copy of the module with other values for its own parameters."""
-    twin = copy.copy(module)
+    twin: nn.Module = object.__new__(type(module))  # FSDP's classes construct something else
+    twin.__dict__.update(module.__dict__)
     twin._parameters = {
         **module._parameters,
         **{k: nn.Parameter(v, False) for k, v in values.items()},
     }
-    twin.__dict__.pop("forward", None)
+    for key in ("forward", "_old_forward", "_hf_hook"):
+        twin.__dict__.pop(key, None)
     return twin
+
+
+def _filled(value: float, like: Tensor, device: torch.device) -> Tensor:
+    """A whole tensor of one value in the shape and dtype of a parameter."""
+    return torch.full(like.shape, value, dtype=like.dtype, device=device)
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

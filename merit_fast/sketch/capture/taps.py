@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from merit_fast.sketch.capture.layout import Pass
 
@@ -84,6 +84,14 @@ def tap(
         anchor, sink, len(outputs), *outputs, *kept
     )
     return result
+
+
+def begin_at_output(anchor: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
+    """Gives reentrant checkpointing an input that requires a gradient: a forward hook."""
+    needs_tap = isinstance(output, Tensor) and not output.requires_grad
+    if not torch.is_grad_enabled() or not needs_tap:
+        return output
+    return tap(anchor, [output], lambda dys: None)[0]
 
 
 def masked(dy: Tensor, part: tuple[Any, ...]) -> Tensor:

@@ -112,7 +112,8 @@ def used_values(func: Any, result: Any, args: Any, kwargs: Mapping[str, Any]) ->
     """Arguments on whose values the result of a torch function depends."""
     if func.__name__ in _HARMLESS:
         return
-    if not any(isinstance(value, Tensor) for value in _flat((result,))):
+    # On the meta device there are no values; accelerate leaves such tensors behind.
+    if not any(isinstance(value, Tensor) and not value.is_meta for value in _flat((result,))):
         return
     for value in _flat((*args, *kwargs.values())):
         if not (func.__name__ in _SAME and value is result):

@@ -14,15 +14,20 @@ from merit_fast.row_store.writer import RowWriter
 from merit_fast.sketch.capture.layout import RepeatBatch
 from merit_fast.sketch.capture.towers import find_towers
 from merit_fast.sketch.config import SketchConfig
-from merit_fast.sketch.examples import NotFiniteError, require_finite
+from merit_fast.sketch.divided.crew import ONE_PROCESS, Crew
+from merit_fast.sketch.examples import NotFiniteError, UpdatedExamples, require_finite
 from merit_fast.sketch.mixture.drawing import DrawnDataset, places_in_rows
 from merit_fast.sketch.mixture.sampling import next_examples
+from merit_fast.sketch.passes.parts import Sketches
 from merit_fast.sketch.precondition.moments import NotFiniteMomentsError
 from merit_fast.sketch.sketcher import GradientSketcher
 
 # Of adaptive sampling.
 FIRST_LOOK = 32
 ERROR_RATE = 0.05
+
+# Rows of a dataset, as examples of one update, and their sketches.
+SketchedRows = tuple[list[int], UpdatedExamples, Sketches]
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,14 @@ class DatasetSketcher:
         sketcher: entered, of ``model``.
         pad_token_id: of the model's inputs.
         config: of the sketch stage.
+        crew: the processes that share the passes; each has the same sums after every turn.
     """
 
     model: torch.nn.Module
     sketcher: GradientSketcher
     pad_token_id: int
     config: SketchConfig
+    crew: Crew = ONE_PROCESS
 
     def sketch(
         self, drawn: DrawnDataset, task: Task, store: RowWriter | None = None
@@ -70,15 +77,14 @@ class DatasetSketcher:
         ):
             stop = state.num_examples + more
             while state.num_examples < stop:
-                start = state.num_examples
-                end = min(start + self._rows_of_pass(), stop)
-                rows = indices[start:end]
-                sketched = self._sketch_pass(dataset, rows, drawn.blocks.blocks[start:end])
-                if sketched is None:
-                    continue
-                if store is not None:
-                    store.append(sketched[0], row_numbers[rows], places[rows], *sketched[1:])
-                task.advance(len(rows), dataset.name)
+                for rows, examples, sketches in self._turn(drawn, state.num_examples, stop):
+                    self._add(dataset, rows, examples, sketches)
+                    if store is not None:
+                        tokens = torch.tensor(examples.num_target_tokens)
+                        losses = torch.tensor(examples.loss_sums, dtype=torch.float64)
+                        numbers = row_numbers[rows]
+                        store.append(sketches.whole, numbers, places[rows], losses, tokens)
+                    task.advance(len(rows), dataset.name)
         task.skip(len(indices) - state.num_examples)  # examples that were not needed
         for of_rows in (state, *of_parts.values()):
             of_rows.add_shared_rows(drawn.blocks.shared_rows(0, state.num_examples))
@@ -132,12 +138,38 @@ class DatasetSketcher:
             texts, numbers = fit_trees(self.model, [dataset.examples[row] for row in rows])
         return collate(texts, [0] * len(texts), self.pad_token_id), numbers
 
-    def _sketch_pass(
-        self, dataset: Dataset, rows: Sequence[int], blocks: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Sketches some rows into the states; returns sketches, loss sums and target tokens.
+    def _turn(self, drawn: DrawnDataset, start: int, stop: int) -> list[SketchedRows]:
+        """Sketches the next rows of a dataset, one pass in each process.
 
-        None: the rows are not in.
+        Returns:
+            The passes in the order of the rows; none if the rows are to be sketched again.
+        """
+        step = self._rows_of_pass()
+        firsts = [*range(start, stop, step)][: self.crew.size]
+        # Without rows of its own a process runs the first pass too: FSDP2 gathers for all at once.
+        first = firsts[self.crew.rank if self.crew.rank < len(firsts) else 0]
+        with self.crew.together():
+            sketched = self._sketch_pass(drawn, slice(first, min(first + step, stop)))
+        if self.crew.size == 1:
+            return [] if sketched is None else [sketched]
+        if sketched is not None:
+            sketched = (*sketched[:2], sketched[2].cpu())
+        turns = self.crew.exchange((self.sketcher.slow_parameters, sketched))
+        for slow, _ in turns:
+            self.sketcher.add_slow(slow)
+        passes = [found for _, found in turns[: len(firsts)] if found is not None]
+        return passes if len(passes) == len(firsts) else []
+
+    def _add(
+        self, dataset: Dataset, rows: Sequence[int], examples: UpdatedExamples, sketches: Sketches
+    ) -> None:
+        try:
+            self.sketcher.add(examples, sketches)
+        except NotFiniteError as error:
+            raise self._named(dataset, rows, error) from None
+
+    def _sketch_pass(self, drawn: DrawnDataset, chosen: slice) -> SketchedRows | None:
+        """Sketches some rows, which are not added; None: they are to be sketched again.
 
         The first pass of a kind is checked and then run again: its weights have gradients, which
         may change how it rounds. So the check leaves every sum as it is. More parameters may take a
@@ -145,23 +177,30 @@ class DatasetSketcher:
         other dataset.
         """
         sketcher = self.sketcher
+        dataset = drawn.dataset
+        rows = drawn.indices[chosen]
         batch, numbers = self._collated(dataset, rows)
         names = [dataset.name] * len(rows)
         try:
             losses = _backward(self.model, batch, numbers, len(rows))
             if not (sketcher.is_checking and self.config.check == "first"):
-                sketches = sketcher.update(names, *losses, row_examples=numbers, blocks=blocks)
-                return sketches, *losses
+                examples = UpdatedExamples.of(names, *losses, drawn.blocks.blocks[chosen])
+                return rows, examples, sketcher.take_for(examples, numbers)
             require_finite(sketcher.take(row_examples=numbers), names)
         except RepeatBatch:
             sketcher.discard()
         except NotFiniteError as error:
-            row = dataset.source_rows[rows[error.example]]
-            raise MeritFastError(
-                f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite "
-                f"gradient in {self.config.dtype}, found NaN or infinity"
-            ) from None
+            raise self._named(dataset, rows, error) from None
         return None
+
+    def _named(
+        self, dataset: Dataset, rows: Sequence[int], error: NotFiniteError
+    ) -> MeritFastError:
+        row = dataset.source_rows[rows[error.example]]
+        return MeritFastError(
+            f"sketch: {dataset.name}: row {row}, counted from 0: must have a finite gradient in "
+            f"{self.config.dtype}, found NaN or infinity"
+        )
 
 
 def _backward(

@@ -21,7 +21,7 @@ from merit_fast.sketch.config import SketchConfig
 from merit_fast.sketch.mixture.blocks import RowBlocks, add_content, assign_blocks, row_digests
 
 # Options that change no sum beyond rounding, or count by their content.
-_NO_SUM = ("check", "uncovered", "batch_size", "store", "store_dim", "optimizer", "memory")
+_NO_SUM = ("check", "uncovered", "batch_size", "store", "store_dim", "optimizer", "memory", "span")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class DrawnDataset:
         blocks: of these examples.
         sums: fingerprint of everything that the dataset's sums depend on.
         stored: the same of its stored rows.
+        num_spans: runs of examples whose sums are added up in order; 1: nothing is cut.
+        span: examples of every span but the last.
     """
 
     dataset: Dataset
@@ -40,10 +42,21 @@ class DrawnDataset:
     blocks: RowBlocks
     sums: str
     stored: str
+    num_spans: int = 1
+    span: int = 0
 
     @property
     def name(self) -> str:
         return self.dataset.name
+
+    def of_span(self, number: int) -> "DrawnDataset":
+        """One span's examples, as a dataset of the same name."""
+        start = number * self.span
+        stop = start + self.span
+        blocks = RowBlocks(self.blocks.blocks[start:stop], self.blocks.shared[start:stop])
+        sums = fingerprint([self.sums, number])
+        stored = fingerprint([self.stored, number])
+        return DrawnDataset(self.dataset, self.indices[start:stop], blocks, sums, stored)
 
 
 @dataclass(frozen=True)
@@ -100,11 +113,14 @@ def draw_mixture(
     drawn = []
     for dataset in datasets:
         indices = chosen[dataset.name]
-        sums = fingerprint([contents[dataset.name], _options_of_sums(config), multipliers])
+        num_spans = config.num_spans(len(indices))
+        cut = [config.span] if num_spans > 1 else []
+        sums = fingerprint([contents[dataset.name], _options_of_sums(config), multipliers, *cut])
         numbers = dataset.source_rows[indices].tolist()
         places = places_in_rows(dataset)[indices].tolist()
         stored = fingerprint([sums, config.store_dim, numbers, places])
-        drawn.append(DrawnDataset(dataset, indices, blocks[dataset.name], sums, stored))
+        spans = (num_spans, config.span)
+        drawn.append(DrawnDataset(dataset, indices, blocks[dataset.name], sums, stored, *spans))
     return DrawnMixture(tuple(drawn), multipliers)
 
 

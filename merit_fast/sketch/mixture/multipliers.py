@@ -6,14 +6,13 @@ they depend on and the file's hash: a run that was killed after them takes them 
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from merit_fast.manifests.atomic import replace_file, write_text
+from merit_fast.manifests.atomic import link_file, replace_file, write_text
 from merit_fast.manifests.hashes import checksum
 from merit_fast.manifests.stages import FACTORS_FILE
 from merit_fast.progress import Progress
@@ -40,7 +39,7 @@ class Multipliers:
     factors: KfacFactors | None = None
 
 
-def stage_multipliers(
+def stage_multipliers(  # noqa: PLR0913
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     mixture: DrawnMixture,
@@ -49,6 +48,7 @@ def stage_multipliers(
     directory: Path,
     progress: Progress,
     known: Path | None = None,
+    earlier: Sequence[Path] = (),
 ) -> Multipliers:
     """The multipliers that ``config.normalize`` asks for.
 
@@ -57,6 +57,7 @@ def stage_multipliers(
         mixture: every dataset and its examples.
         directory: the stage's output, for the factors.
         known: file of K-FAC's factors, if they are not to be collected.
+        earlier: outputs whose factors are read where they are, if they are those of this mixture.
 
     Raises:
         InputError: the optimizer's state cannot be read.
@@ -71,6 +72,11 @@ def stage_multipliers(
         return Multipliers(factors=KfacFactors.load(known))
     damping = config.damping or DAMPING
     source = mixture.multipliers
+    there = next((folder for folder in earlier if _is_intact(folder, source)), None)
+    if there is not None:
+        factors = KfacFactors.load(there / FACTORS_FILE)
+        is_same = factors.damping == damping
+        return Multipliers(factors=factors if is_same else factors.with_damping(damping))
     if not _is_intact(directory, source):
         factors = _collect(model, parameters, mixture, pad_token_id, config, progress)
         _write(factors, source, directory)
@@ -100,8 +106,8 @@ def keep_factors(
         return
     known = next((folder for folder in earlier if _is_intact(folder, source)), None)
     if known is not None:
-        shutil.copyfile(known / FACTORS_FILE, file)
-        shutil.copyfile(known / _RECORD, directory / _RECORD)
+        link_file(known / FACTORS_FILE, file)  # may be as large as the model
+        link_file(known / _RECORD, directory / _RECORD)
 
 
 def _is_intact(directory: Path, source: str | None) -> bool:

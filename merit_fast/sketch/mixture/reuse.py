@@ -88,6 +88,11 @@ def record_state(
     _write(directory, _read(directory) | {name: record})
 
 
+def has_states(folders: Sequence[Path], fingerprint: str, parts: Sequence[str] = ()) -> bool:
+    """Whether one of these outputs holds undamaged sums of this fingerprint."""
+    return any(fingerprint in _intact_states(folder, parts) for folder in folders)
+
+
 def read_check(directory: Path) -> SketchCheck | None:
     """The bounds that the checks of all datasets keep; None if nothing was checked."""
     records = _read(directory).values()

@@ -5,26 +5,31 @@ holds a fingerprint of these (``reuse``): only new datasets cost time. With ``no
 sums depend on the rows of all datasets too.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from torch import nn
 
 from merit_fast.data import Dataset
 from merit_fast.kernels.sketch import CountSketch
-from merit_fast.manifests.atomic import write_bytes
-from merit_fast.manifests.sketch_state import SketchState, state_path
+from merit_fast.manifests.sketch_check import merged_checks
 from merit_fast.model import freeze_parameters
 from merit_fast.model.layered.choose import load_model_for
 from merit_fast.progress import Progress, Task
 from merit_fast.row_store.identity import StoreIdentity
-from merit_fast.row_store.reuse import reuse_rows
+from merit_fast.row_store.reuse import has_rows, reuse_rows
 from merit_fast.row_store.writer import ROWS_FOLDER, RowWriter
 from merit_fast.sketch.config import SketchConfig
+from merit_fast.sketch.divided.crew import ONE_PROCESS, Crew
 from merit_fast.sketch.mixture.dataset import ERROR_RATE, FIRST_LOOK, DatasetSketcher
 from merit_fast.sketch.mixture.drawing import DrawnDataset, DrawnMixture, draw_mixture
-from merit_fast.sketch.mixture.multipliers import keep_factors, stage_multipliers
-from merit_fast.sketch.mixture.reuse import record_state, reuse_states
+from merit_fast.sketch.mixture.files import write_states
+from merit_fast.sketch.mixture.multipliers import Multipliers, keep_factors, stage_multipliers
+from merit_fast.sketch.mixture.reuse import has_states, record_state, reuse_states
 from merit_fast.sketch.mixture.sampling import check_blocks, describe_signal
+from merit_fast.sketch.mixture.spans import Spans, remove_spans
+from merit_fast.sketch.mixture.work import Job, SketchWork, job_at, jobs_of
 from merit_fast.sketch.passes.parts import describe_rest
 from merit_fast.sketch.selection import select_parameters
 from merit_fast.sketch.sketcher import GradientSketcher
@@ -42,6 +47,8 @@ def sketch_mixture(  # noqa: PLR0913
     freeze: Sequence[str] | None = None,
     factors: Path | None = None,
     only: str | None = None,
+    share: tuple[int, int] | None = None,
+    crew: Crew = ONE_PROCESS,
 ) -> None:
     """Sketches every dataset's per-example gradients into one ``NAME.safetensors`` of sums.
 
@@ -49,7 +56,8 @@ def sketch_mixture(  # noqa: PLR0913
     the mean over its target tokens. With ``config.weight`` "tokens" (the default) its gradient
     counts as often as it has target tokens. A row that several datasets have lies in the same block
     of all. A file that a killed run finished in ``directory`` is kept if its dataset, the model and
-    the options are as they were.
+    the options are as they were. A dataset of more than ``config.span`` examples is cut into spans
+    of so many, whose sums are added up in their order.
 
     Args:
         earlier: finished outputs of any mixture and options. Their undamaged files with equal
@@ -60,6 +68,10 @@ def sketch_mixture(  # noqa: PLR0913
             these datasets are collected first.
         only: the one dataset to sketch; the others only decide the blocks of shared rows. None:
             all.
+        share: (i, n), with ``only``: sketch every n-th span of that dataset from the i-th on, for a
+            later call that gets ``directory`` in ``earlier``; none where it has one span only.
+        crew: the processes that all call this, with equal arguments, and share the passes. The
+            files have the bytes of one process; the first one writes them.
 
     Raises:
         InputError: a dataset of one example, or of too few rows that no other dataset has; a part
@@ -69,27 +81,75 @@ def sketch_mixture(  # noqa: PLR0913
     mixture = draw_mixture(datasets, model_fingerprint, config, freeze, factors)
     if config.precision:
         check_blocks(config.blocks, FIRST_LOOK, mixture.most_examples, ERROR_RATE)
+    work = SketchWork(
+        model_path,
+        model_fingerprint,
+        pad_token_id,
+        config,
+        directory,
+        progress,
+        mixture,
+        freeze,
+        factors,
+        () if only is None else tuple(earlier),
+        crew,
+    )
+    if crew.leads:
+        directory.mkdir(parents=True, exist_ok=True)
+        keep_factors(config, mixture.multipliers, directory, earlier if only is None else ())
     if only is not None:
         mixture = mixture.only(only)
-    missing = _reuse(mixture, config, directory, progress, earlier)
-    if missing:
-        work = SketchWork(
-            model_path, model_fingerprint, pad_token_id, config, directory, freeze, factors
-        )
-        _sketch_datasets(work, mixture, missing, progress)
+    if share is not None:
+        _sketch_share(work, mixture.datasets[0], share, earlier)
+        return
+    _sketch_datasets(work, _todo(work, mixture, earlier))
+    if crew.leads:
+        remove_spans(directory)
 
 
-@dataclass(frozen=True)
-class SketchWork:
-    """The arguments of ``sketch_mixture`` that every dataset shares."""
+def collect_factors(  # noqa: PLR0913
+    model_path: str,
+    model_fingerprint: str,
+    datasets: Sequence[Dataset],
+    pad_token_id: int,
+    config: SketchConfig,
+    directory: Path,
+    progress: Progress,
+    earlier: Sequence[Path] = (),
+    freeze: Sequence[str] | None = None,
+) -> None:
+    """Collects the K-FAC factors of all datasets into ``directory``; arguments as for the sketch.
 
-    model_path: str
-    model_fingerprint: str
-    pad_token_id: int
-    config: SketchConfig
-    directory: Path
-    freeze: Sequence[str] | None
-    factors: Path | None
+    Raises:
+        InputError: as ``sketch_mixture``.
+        MeritFastError: a gradient is not finite.
+    """
+    mixture = draw_mixture(datasets, model_fingerprint, config, freeze)
+    work = SketchWork(
+        model_path, model_fingerprint, pad_token_id, config, directory, progress, mixture, freeze
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    keep_factors(config, mixture.multipliers, directory, earlier)
+    model, parameters = _loaded_model(work)
+    _multipliers(work, model, parameters)
+
+
+def _todo(
+    work: SketchWork, mixture: DrawnMixture, earlier: Sequence[Path]
+) -> list[tuple[DrawnDataset, list[Job]]]:
+    """Datasets without known sums, as the first process finds them, and the work on each."""
+    todo: list[tuple[DrawnDataset, list[Job]]] = []
+    if work.crew.leads:
+        missing = _reuse(mixture, work.config, work.directory, work.progress, earlier)
+        todo = [(drawn, jobs_of(work, drawn, earlier)) for drawn in missing]
+    if work.crew.size == 1:
+        return todo
+    places = [(drawn.name, [job.place for job in jobs]) for drawn, jobs in todo]
+    by_name = {drawn.name: drawn for drawn in mixture.datasets}
+    return [
+        (by_name[name], [job_at(work, *place) for place in spans])
+        for name, spans in work.crew.exchange(places)[0]
+    ]
 
 
 def _reuse(
@@ -104,7 +164,6 @@ def _reuse(
     rows = {drawn.name: drawn.stored for drawn in mixture.datasets if config.store}
     kept, reused = reuse_states(directory, earlier, sums, tuple(config.parts or ()))
     stored = reuse_rows(directory, earlier, rows)
-    keep_factors(config, mixture.multipliers, directory, earlier)
     if config.store:
         kept &= stored
         reused &= stored
@@ -117,29 +176,45 @@ def _reuse(
     return [drawn for drawn in mixture.datasets if drawn.name not in kept | reused]
 
 
-def _sketch_datasets(
-    work: SketchWork,
-    mixture: DrawnMixture,
-    missing: Sequence[DrawnDataset],
-    progress: Progress,
+def _sketch_datasets(work: SketchWork, todo: Sequence[tuple[DrawnDataset, list[Job]]]) -> None:
+    """Sketches datasets, and adds up the spans of each; without any work no model is loaded."""
+    num_examples = sum(len(job.drawn.indices) for _, jobs in todo for job in jobs)
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(_passes(work, num_examples)) if num_examples else None
+        for drawn, jobs in todo:
+            for job in jobs:
+                assert opened is not None
+                _do(work, job, *opened)
+            if drawn.num_spans > 1 and work.crew.leads:
+                Spans(drawn, work.directory, work.config).add_up()
+
+
+def _sketch_share(
+    work: SketchWork, drawn: DrawnDataset, share: tuple[int, int], earlier: Sequence[Path]
 ) -> None:
+    """Sketches every n-th span of a dataset from the i-th on, of a share (i, n)."""
+    number, count = share
     config = work.config
-    memory = "whole" if config.normalize == "adam" else config.memory
-    model = load_model_for(
-        work.model_path, config.dtype, memory, lambda line: progress.note(f"sketch: {line}")
+    numbers = range(number - 1, drawn.num_spans, count)
+    is_known = has_states(earlier, drawn.sums, tuple(config.parts or ())) and (
+        not config.store or has_rows(earlier, drawn.stored)
     )
-    freeze_parameters(model, work.freeze)
-    parameters = select_parameters(model, config.parameters)
-    multipliers = stage_multipliers(
-        model,
-        parameters,
-        mixture,
-        work.pad_token_id,
-        config,
-        work.directory,
-        progress,
-        work.factors,
-    )
+    if is_known or drawn.num_spans == 1 or not numbers:
+        work.progress.note(f"sketch: {drawn.name}: has no span that share {number} must sketch")
+        return
+    jobs = jobs_of(work, drawn, earlier, numbers)
+    if jobs:
+        with _passes(work, sum(len(job.drawn.indices) for job in jobs)) as (passes, task):
+            for job in jobs:
+                _do(work, job, passes, task)
+
+
+@contextlib.contextmanager
+def _passes(work: SketchWork, num_examples: int) -> Iterator[tuple[DatasetSketcher, Task]]:
+    """Loads the model and gives what sketches with it, and the display of so many examples."""
+    config = work.config
+    model, parameters = _loaded_model(work)
+    multipliers = _multipliers(work, model, parameters)
     with (
         GradientSketcher(
             model,
@@ -153,45 +228,64 @@ def _sketch_datasets(
             check=config.check,
             uncovered=config.uncovered,
             parts=config.parts,
-            notify=progress.note,
+            notify=work.progress.note,
         ) as sketcher,
-        progress.task(
-            "sketch gradients", sum(len(drawn.indices) for drawn in missing), "examples"
-        ) as task,
+        work.progress.task("sketch gradients", num_examples, "examples") as task,
     ):
         if rest := describe_rest(config.parts or {}, parameters):
-            progress.note(rest)
-        passes = DatasetSketcher(model, sketcher, work.pad_token_id, config)
-        for drawn in missing:
-            state = _sketch_dataset(work, passes, drawn, task)
-            if config.precision:
-                signal = describe_signal(state, len(drawn.indices), first=FIRST_LOOK)
-                progress.note(f"{drawn.name}: {signal}")
+            work.progress.note(rest)
+        yield DatasetSketcher(model, sketcher, work.pad_token_id, config, work.crew), task
 
 
-def _sketch_dataset(
-    work: SketchWork, passes: DatasetSketcher, drawn: DrawnDataset, task: Task
-) -> SketchState:
-    """Sketches one dataset and writes its rows, its sums and its record; returns the sums."""
+def _loaded_model(work: SketchWork) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The model, and the parameters that are sketched, by name."""
+    config = work.config
+    if work.crew.load is not None:
+        model = work.crew.load()
+    else:
+        memory = "auto" if config.memory == "divided" else config.memory  # one process only
+        memory = "whole" if config.normalize == "adam" else memory
+        model = load_model_for(
+            work.model_path,
+            config.dtype,
+            memory,
+            lambda line: work.progress.note(f"sketch: {line}"),
+        )
+    freeze_parameters(model, work.freeze)
+    return model, select_parameters(model, config.parameters)
+
+
+def _multipliers(
+    work: SketchWork, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> Multipliers:
+    return stage_multipliers(
+        model,
+        parameters,
+        work.mixture,
+        work.pad_token_id,
+        work.config,
+        work.directory,
+        work.progress,
+        work.factors,
+        work.with_factors,
+    )
+
+
+def _do(work: SketchWork, job: Job, passes: DatasetSketcher, task: Task) -> None:
+    """Sketches examples and writes their rows, sums and record."""
+    config = work.config
     store = None
-    if work.config.store:
-        identity = StoreIdentity.of(passes.sketcher.identity, work.config.store_dim)
-        store = RowWriter(work.directory / ROWS_FOLDER / drawn.name, identity, drawn.stored)
-    state, of_parts = passes.sketch(drawn, task, store)
+    if config.store and work.crew.leads:
+        identity = StoreIdentity.of(passes.sketcher.identity, config.store_dim)
+        store = RowWriter(job.folder / ROWS_FOLDER / job.name, identity, job.drawn.stored)
+    state, of_parts = passes.sketch(job.drawn, task, store)
     if store is not None:
         store.finish()
-    _write_states(work.directory, drawn.name, state, of_parts)
-    checked = passes.sketcher.checked
-    record_state(work.directory, drawn.name, drawn.sums, checked, tuple(of_parts))
-    return state
-
-
-def _write_states(
-    directory: Path, name: str, state: SketchState, of_parts: Mapping[str, SketchState]
-) -> None:
-    """Writes a dataset's sums, those of the whole last."""
-    for part, of_part in of_parts.items():
-        file = state_path(directory, name, part)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, of_part.to_bytes())
-    write_bytes(state_path(directory, name), state.to_bytes())
+    checked = merged_checks(work.crew.exchange(passes.sketcher.checked))
+    if not work.crew.leads:
+        return
+    write_states(job.folder, job.name, state, of_parts)
+    record_state(job.folder, job.name, job.drawn.sums, checked, tuple(of_parts))
+    if config.precision:
+        signal = describe_signal(state, len(job.drawn.indices), first=FIRST_LOOK)
+        work.progress.note(f"{job.name}: {signal}")

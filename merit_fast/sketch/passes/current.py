@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from merit_fast.errors import MeritFastError
 from merit_fast.manifests.sketch_check import SketchCheck
-from merit_fast.sketch.capture.layout import Pass, Refusal, Site
-from merit_fast.sketch.capture.taps import ExtraPass, entered, extra_pass, masked
+from merit_fast.sketch.capture.layout import Pass, Refusal
+from merit_fast.sketch.capture.taps import ExtraPass, entered, extra_pass
+from merit_fast.sketch.divided.lockstep import Lockstep
 from merit_fast.sketch.passes.check import (
     Comparison,
     Tolerance,
@@ -20,35 +22,12 @@ from merit_fast.sketch.passes.check import (
     tolerance_of,
     wrong_parameters,
 )
+from merit_fast.sketch.passes.outputs import OutputGradients
 from merit_fast.sketch.passes.refusals import Uncovered
 from merit_fast.sketch.passes.scale import LossScale, refuse_mixed
 from merit_fast.sketch.passes.unfrozen import UnfrozenWeights
 
 _NO_ROWS = "the sum only; one example too in batches of one: the model returns no row per example"
-
-
-@dataclass(frozen=True)
-class OutputGradients:
-    """Outputs of the model that have got a gradient.
-
-    Attributes:
-        outputs, dys: each output and its gradient.
-        parts: of each, the index of every example's part.
-    """
-
-    outputs: list[Tensor]
-    dys: list[Tensor]
-    parts: list[list[tuple[Any, ...]]]
-
-    def depend_on(self, example: int) -> bool:
-        """Whether the losses depend on an example's part of the outputs."""
-        pairs = zip(self.dys, self.parts, strict=True)
-        return any(bool(dy[part[example]].any()) for dy, part in pairs)
-
-    def of_example(self, example: int) -> list[Tensor]:
-        """The gradients of one example's losses."""
-        pairs = zip(self.dys, self.parts, strict=True)
-        return [dy if len(part) == 1 else masked(dy, part[example]) for dy, part in pairs]
 
 
 @dataclass
@@ -69,6 +48,9 @@ class CurrentPass:
         scale: weights of the tokens in the loss, where the pass is checked.
         reentrant: modules ran without gradients first, as reentrant checkpointing lets them.
         autocast: the forward pass runs under autocast.
+        lockstep: the processes that must run the same backward passes.
+        most_examples: of a process's pass, among these.
+        deferred: an error of the backward pass, which ends first where others take part in it.
     """
 
     run: Pass
@@ -87,6 +69,19 @@ class CurrentPass:
     names: list[str] = field(default_factory=list)
     scale: LossScale = field(default_factory=LossScale)
     autocast: bool = False
+    lockstep: Lockstep = field(default_factory=lambda: Lockstep(()))
+    most_examples: int = 0
+    deferred: MeritFastError | None = None
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Keeps the first error until the pass has ended, where other processes take part."""
+        try:
+            yield
+        except MeritFastError as error:
+            if not self.lockstep.is_divided:
+                raise
+            self.deferred = self.deferred or error
 
     def compare(self) -> None:
         """Lets the pass be checked."""
@@ -118,37 +113,60 @@ class CurrentPass:
             return
         self.gated = True
         arrived = [i for i, dy in enumerate(dys) if dy is not None]
-        for i in arrived:
-            refuse_mixed(self.names[i], outputs[i], run.size)
+        with self.deferring():
+            for i in arrived:
+                refuse_mixed(self.names[i], outputs[i], run.size)
         pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if dy is not None]
-        site = Site(model, {"": "of the output"})
-        try:
-            parts = [run.parts(site, dy) for _, dy in pairs]
-        except Refusal as refusal:
-            self.note = _NO_ROWS
-            if self.uncovered.slow and run.is_divided:
-                self.uncovered.need_rows(f"the model's output {refusal.reason}")
-        else:
-            found = OutputGradients([y for y, _ in pairs], [dy for _, dy in pairs], parts)
-            if self.row is not None:
-                for i, (y, dy), part in zip(arrived, pairs, parts, strict=True):
-                    self.scale.add(i, y, dy, part)
-                self._check_row(self.row, found)
-            if run.is_divided:
-                self._sketch_slow(found)
+        with self.deferring():
+            found = self._divided(model, pairs)
+        if self.row is not None:
+            with self.deferring():
+                if found is not None:
+                    for i, (y, dy), part in zip(arrived, pairs, found.parts, strict=True):
+                        self.scale.add(i, y, dy, part)
+                self._check_row(self.row, pairs, found)
+            self.agree()
+        if run.is_divided or self.most_examples > 1:
+            self._sketch_slow(pairs, found)
         run.is_late = True
 
-    def _check_row(self, row: Comparison, found: OutputGradients) -> None:
+    def agree(self) -> None:
+        """Lets all processes know of all parameters with a backward pass per example."""
+        for slow in self.lockstep.exchange(self.uncovered.slow):
+            self.uncovered.slow.update(slow)
+
+    def _divided(
+        self, model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> OutputGradients | None:
+        """Output gradients by example; None if the outputs have no rows of examples."""
+        try:
+            return OutputGradients.of(self.run, model, pairs)
+        except Refusal as refusal:
+            self.note = _NO_ROWS
+            if self.uncovered.slow and self.run.is_divided:
+                self.uncovered.need_rows(f"the model's output {refusal.reason}")
+            return None
+
+    def _check_row(
+        self,
+        row: Comparison,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        found: OutputGradients | None,
+    ) -> None:
         """Compares the last example that has a gradient."""
-        examples = reversed(range(self.run.size)) if self.example is None else [self.example]
-        example = next((b for b in examples if found.depend_on(b)), None)
-        if example is None:
+        wanted = [*self._forms(self.parameters), self.anchor]
+        example = None
+        if found is not None:
+            examples = reversed(range(self.run.size)) if self.example is None else [self.example]
+            example = next((b for b in examples if found.depend_on(b)), None)
+        if found is None or example is None:
+            self._join(pairs, wanted)
             return
         self.example = example
         kept = row.total
         row.clear()
         extra = ExtraPass(self.run, row.taps, row.receive)
-        self._backward(extra, found, example, [*self.parameters.values(), self.anchor])
+        self._backward(extra, found, example, wanted)
         slow = self.uncovered.slow
         errors = {n: error for n, error in row.errors(example).items() if n not in slow}
         tolerance = self._tolerance(found.dys[0], 1)
@@ -158,13 +176,28 @@ class CurrentPass:
         if kept is not None and row.total is not None:
             row.total += kept
 
-    def _sketch_slow(self, found: OutputGradients) -> None:
+    def _sketch_slow(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], found: OutputGradients | None
+    ) -> None:
         """Sketches the gradients of the uncovered parameters, example by example."""
-        wanted: list[Tensor] = [self.parameters[name] for name in self.uncovered.slow]
-        for example in range(self.run.size) if wanted else ():
-            if found.depend_on(example):
+        wanted = self._forms(self.uncovered.slow)
+        size = self.run.size if self.run.is_divided else 0
+        for example in range(max(size, self.most_examples)) if wanted else ():
+            if found is not None and example < size and found.depend_on(example):
                 receive = functools.partial(self._receive_slow, example)
                 self._backward(ExtraPass(self.run, None, receive), found, example, wanted)
+            else:
+                self._join(pairs, wanted)
+
+    def _join(self, pairs: Sequence[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> None:
+        """Runs a backward pass for the other processes only, which gather parameters in theirs."""
+        if self.lockstep.is_divided:
+            outputs = [y for y, _ in pairs]
+            whole = OutputGradients(outputs, [dy for _, dy in pairs], [[(...,)]] * len(pairs))
+            self._backward(ExtraPass(self.run), whole, 0, wanted)
+
+    def _forms(self, names: Collection[str]) -> list[Tensor]:
+        return [] if self.weights is None else self.weights.forms(names)
 
     def _backward(
         self, extra: ExtraPass, found: OutputGradients, example: int, wanted: list[Tensor]
@@ -248,4 +281,5 @@ class CurrentPass:
 
     def _tolerance(self, value: Tensor, examples: int) -> Tolerance:
         tokens = self.run.tokens if self.run.cu_seqlens is not None else self.run.tokens * examples
-        return tolerance_of(self.parameters.values(), value, tokens, self.autocast)
+        forms = self._forms(self.parameters)
+        return tolerance_of(forms, value, tokens, self.autocast)

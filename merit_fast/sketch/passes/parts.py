@@ -95,6 +95,9 @@ class Sketches:
         absent = [part for part in parts if part not in sums]  # no gradient reached them
         return cls(whole, sums | {part: torch.zeros_like(whole) for part in absent})
 
+    def cpu(self) -> "Sketches":
+        return Sketches(self.whole.cpu(), {p: rows.cpu() for p, rows in self.parts.items()})
+
     def by_example(self, row_examples: Sequence[int]) -> "Sketches":
         """Adds up rows [R] that belong to one example, by its number."""
         number = len(set(row_examples))

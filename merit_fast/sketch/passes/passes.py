@@ -13,12 +13,14 @@ from merit_fast.kernels.sketch import CountSketch, matrix_shape
 from merit_fast.manifests.sketch_check import SketchCheck
 from merit_fast.manifests.sketch_state import Weight
 from merit_fast.sketch.capture.hooks import ModuleTaps
-from merit_fast.sketch.capture.layout import Pass, Refusal, Site
+from merit_fast.sketch.capture.layout import Pass, Refusal, RepeatBatch, Site
 from merit_fast.sketch.capture.taps import tap
 from merit_fast.sketch.capture.towers import read_grid, uneven_images
 from merit_fast.sketch.capture.trees import map_tensors, tensors_of
 from merit_fast.sketch.capture.uses import UseAudit
-from merit_fast.sketch.capture.wrapping import submodule, wrap_forward
+from merit_fast.sketch.divided.arrivals import Arrivals, names_of_ids
+from merit_fast.sketch.divided.lockstep import Lockstep
+from merit_fast.sketch.divided.wrapping import submodule, wrap_forward
 from merit_fast.sketch.passes.begin import begin_pass, kind_of_call, sizes_of, source_of
 from merit_fast.sketch.passes.current import CurrentPass
 from merit_fast.sketch.passes.parts import Sketches, assign_parts
@@ -40,6 +42,7 @@ class SketchedPasses:
         part_of: parameter name -> its part of the model.
         packed: cu_seqlens of the next forward pass, if it is a packed row.
         uncovered: parameters with a backward pass per example.
+        lockstep: processes that have parts of the parameters.
         result: of the self-check; None: no pass was checked.
         max_side: of the ``FactorSums`` that every pass collects; None: none collects, all sketch.
 
@@ -71,8 +74,11 @@ class SketchedPasses:
         self.packed: Tensor | None = None
         self.result: SketchCheck | None = None
         self.now: CurrentPass | None = None
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._names = names_of_ids(model, parameters)
+        self.lockstep = Lockstep(parameters.items())
+        self._arrivals = Arrivals(model, self._names, self._arrive)
         self.taps = ModuleTaps(model, self._names, self._refuse, self.uncovered.slow)
+        self.taps.require_here = self._arrivals.require_here
         self._kinds: set[Hashable] = set()
         self._constant: set[str] = set()  # parameters that their modules use under no_grad only
         self._sizes = sizes_of(model)
@@ -106,6 +112,7 @@ class SketchedPasses:
                 hook = tower.register_forward_pre_hook(enter, with_kwargs=True)
                 self._undo.append(hook.remove)
         self._undo.append(wrap_forward(self.model, self._forward_model))
+        self._undo.extend(self._arrivals.attach())
 
     def detach(self) -> None:
         while self._undo:
@@ -115,6 +122,7 @@ class SketchedPasses:
     def discard(self) -> None:
         if self.now is not None:
             self.now.end()
+            self._arrivals.forget()
         self.now = None
         self.taps.run = None
 
@@ -133,10 +141,18 @@ class SketchedPasses:
             RepeatBatch: the check has found wrong parameters, which are uncovered from now on.
             MeritFastError: the check has failed, or the loss is a mean over the batch.
         """
+        with self.lockstep.together(RepeatBatch):
+            return self._take(row_examples, num_target_tokens)
+
+    def _take(
+        self, row_examples: Sequence[int] | None, num_target_tokens: Sequence[int]
+    ) -> Sketches:
         now = self.now
         assert now is not None
         run = now.run
         self.discard()
+        if now.deferred is not None:
+            raise now.deferred
         if run.is_divided and self.uncovered.slow and not now.gated:
             self.uncovered.need_rows("the model's outputs got no gradient")
         unseen = run.ran_without_grad - self.uncovered.slow.keys()
@@ -171,8 +187,13 @@ class SketchedPasses:
             self.taps.run = now.run
             self._check_images(now.run, args, kwargs)
             now.unfreeze(self._wanted(now))
+            self._arrivals.unfreeze()
             if now.run.exploring:
-                output = self._audited_call(original, *args, **kwargs)
+                with UseAudit(self._names, self.taps.covered) as audit:
+                    output = original(*args, **kwargs)
+                for name, function in audit.stray.items():
+                    self.uncovered.add_stray(name, function)
+                now.agree()
             else:
                 output = original(*args, **kwargs)
             self.uncovered.require_allowed()
@@ -189,9 +210,14 @@ class SketchedPasses:
         source = source_of(args, kwargs)
         run = begin_pass(self.sketch, self.preconditioner, self.part_of, source, cu_seqlens)
         kind = kind_of_call(self.model, run, self._sizes, args, kwargs)
-        run.exploring = kind not in self._kinds
+        states = self.lockstep.exchange((kind not in self._kinds, run.size))
+        run.exploring = any(is_new for is_new, _ in states)
         run.trusts_check = self.check != "never"
         now = CurrentPass(run, kind, self.parameters, self.uncovered, self.taps.anchor)
+        now.lockstep = self.lockstep
+        if self.lockstep.is_divided:
+            now.most_examples = max(size for _, size in states)
+            now.agree()
         device = source_of(args, kwargs).device.type
         now.autocast = torch.is_autocast_enabled(device)
         if self.check == "always" or (self.check == "first" and run.exploring):
@@ -202,6 +228,10 @@ class SketchedPasses:
             run.collect.examples = run.size
             run.is_sketched = now.sums is not None
         return now
+
+    def _arrive(self, name: str, form: nn.Parameter) -> bool:
+        now = self.now
+        return now is not None and now.weights is not None and now.weights.arrive(name, form)
 
     def _wanted(self, now: CurrentPass) -> dict[str, nn.Parameter]:
         """Parameters that have to be unfrozen in this pass."""
@@ -227,15 +257,6 @@ class SketchedPasses:
             self.uncovered.add(Site(self.model, outside).refusal(reason))
             self.uncovered.require_allowed()
 
-    def _audited_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Watches the first pass of a kind for uses of parameters that no module is known for."""
-        audit = UseAudit(self._names, self.taps.covered)
-        with audit:
-            output = original(*args, **kwargs)
-        for name, function in audit.stray.items():
-            self.uncovered.add_stray(name, function)
-        return output
-
     def _gate(self, now: CurrentPass, output: Any) -> Any:
         """Lets the pass see the gradients of the model's outputs."""
         if now.weights is None:
@@ -248,7 +269,8 @@ class SketchedPasses:
         now.names = [names[key] for key in inner]
 
         def sink(dys: tuple[Tensor | None, ...]) -> None:
-            now.at_outputs(self.model, values, dys)
+            with now.deferring():
+                now.at_outputs(self.model, values, dys)
 
         gated = dict(zip(inner, tap(self.taps.anchor, values, sink), strict=True))
         return map_tensors(output, lambda value: gated.get(id(value), value))
@@ -260,10 +282,11 @@ class SketchedPasses:
             RepeatBatch: it is too late for a backward pass per example of this batch.
         """
         self.uncovered.add(refusal)
-        run = self.run
-        if run is not None and (run.is_late or not run.exploring):
-            self.uncovered.require_allowed()
-            self.uncovered.repeat(refusal.site.name)
+        now = self.now
+        if now is not None and (now.run.is_late or not now.run.exploring):
+            with now.deferring():
+                self.uncovered.require_allowed()
+                self.uncovered.repeat(refusal.site.name)
 
     def _enter_tower(
         self, site: Site, tower: nn.Module, args: tuple[Any, ...], kwargs: Any

@@ -1,32 +1,54 @@
 """Weights whose gradients one pass computes; none of them stays in ``parameter.grad``."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from merit_fast.sketch.capture.taps import Receive
+from merit_fast.sketch.divided.places import is_away
 
 
 class UnfrozenWeights:
     """Unfreezes parameters until ``freeze``; every backward pass hands on their gradients.
 
     A gradient is freed as soon as it was received, so at most one more weight is in memory.
+
+    Attributes:
+        parameters: by name.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], receive: Receive) -> None:
-        self.parameters = list(parameters.values())
-        self._turned = [p for p in self.parameters if not p.requires_grad]
-        self._kept = [(p, p.grad) for p in self.parameters if p.grad is not None]
-        self._handles = []
-        for name, parameter in parameters.items():
+        self.parameters = dict(parameters)
+        self._forms: dict[int, tuple[str, nn.Parameter]] = {}
+        self._receive = receive
+        self._turned: list[nn.Parameter] = []
+        self._kept = [(p, p.grad) for p in self.parameters.values()]
+        self._handles: list[Any] = []
+        for name, parameter in self.parameters.items():
             parameter.grad = None
-            parameter.requires_grad_(True)
-            hook = functools.partial(_hand_on, receive, name)
-            weight: Any = parameter  # torch has no types for these two
-            self._handles.append(weight.register_hook(hook))
-            self._handles.append(weight.register_post_accumulate_grad_hook(_free))
+            self.arrive(name, parameter)
+
+    def arrive(self, name: str, form: nn.Parameter) -> bool:
+        """Takes a form of a parameter; returns whether this pass wants its gradient."""
+        if name not in self.parameters:
+            return False
+        if not form.requires_grad:
+            form.requires_grad_(True)
+            self._turned.append(form)
+        if is_away(form) or id(form) in self._forms:
+            return True
+        self._forms[id(form)] = (name, form)
+        hook = functools.partial(_hand_on, self._receive, name)
+        weight: Any = form  # torch has no types for these two
+        self._handles.append(weight.register_hook(hook))
+        self._handles.append(weight.register_post_accumulate_grad_hook(_free))
+        return True
+
+    def forms(self, names: Collection[str]) -> list[Tensor]:
+        """The tensors that modules see: parameters, or what came to their places (``Arrivals``)."""
+        return [form for name, form in self._forms.values() if name in names]
 
     def freeze(self) -> None:
         for handle in self._handles:

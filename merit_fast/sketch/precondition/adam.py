@@ -148,4 +148,6 @@ def _scale(
     scale: Tensor = (
         (moments.detach().float() / correction).sqrt_().add_(float(group["eps"])).reciprocal_()
     )
+    divided: Any = scale  # a DTensor where FSDP2 divides the optimizer's states
+    scale = divided.full_tensor() if hasattr(divided, "full_tensor") else scale
     return scale.reshape(matrix_shape(parameter.shape)).contiguous()

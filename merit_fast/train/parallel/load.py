@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from merit_fast.train.parallel.files import fill_tensor
 from merit_fast.train.parallel.pieces import own_part
 from merit_fast.train.parallel.ranks import Ranks
 from merit_fast.train.parallel.shards import KEY, divided_layers
+from merit_fast.train.parallel.stored import Run, stored_runs
 
 # Buffers that older files hold and newer models compute.
 _COMPUTED = (".inv_freq", "position_ids")
@@ -55,7 +56,7 @@ def make_hollow_model(path: str, dtype: Dtype) -> Any:
         model.generation_config = GenerationConfig.from_pretrained(path)
     _check_dtypes(model, kind)
     divided_layers(model)
-    _check_names(model, stored_names(Path(path)), path)
+    _choose_conversions(model, stored_names(Path(path)), path)
     return model.eval()
 
 
@@ -85,12 +86,16 @@ def fill_model(model: nn.Module, path: str, ranks: Ranks) -> None:
             file: stack.enter_context(safe_open(file, framework="pt")) for file in {*files.values()}
         }
 
+        runs = _runs_of_parameters(model)
+
         def fill(name: str, tensor: Tensor) -> None:
-            fill_tensor(opened[files[name]], name, tensor, ranks, files[name])
+            for stored, run in runs.get(name, {name: None}).items():
+                part = run if run is not None and run.shape != tensor.shape else None
+                fill_tensor(opened[files[stored]], stored, tensor, ranks, files[stored], part)
 
         for names in _names_of_parameters(model).values():
             parameter = _on_device(model.get_parameter(names[0]), device)
-            first, *copies = [name for name in names if name in files]
+            first, *copies = [name for name in names if runs[name].keys() <= files.keys()]
             fill(first, parameter)
             for copy in copies:
                 other = _on_device(parameter, device)
@@ -106,6 +111,45 @@ def fill_model(model: nn.Module, path: str, ranks: Ranks) -> None:
             setattr(module, name, buffer.to(device))
 
 
+def load_divided_model(path: str, dtype: Dtype, ranks: Ranks, key: str) -> Any:
+    """A model that FSDP2 divides layer by layer, to be called as any other.
+
+    Args:
+        key: option that asks for it, for errors.
+
+    Raises:
+        InputError: as ``make_hollow_model`` and ``fill_model``, under ``key``.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(kind, (ranks.size,))
+    with _errors_of(key):
+        model = make_hollow_model(path, dtype)
+        for layer in divided_layers(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        fill_model(model, path, ranks)
+    return model
+
+
+def check_divisible(path: str, dtype: Dtype, key: str) -> None:
+    """Checks what can be checked of ``load_divided_model`` by one process."""
+    with _errors_of(key):
+        make_hollow_model(path, dtype)
+
+
+@contextlib.contextmanager
+def _errors_of(key: str) -> Iterator[None]:
+    """Lets errors name another option than ``train.shard``."""
+    try:
+        yield
+    except InputError as error:
+        words = str(error).replace(f"{KEY}: must be none", f"{key}: must not be divided")
+        raise InputError(words.replace(f"{KEY}: full", f"{key}: divided")) from None
+
+
 def _check_dtypes(model: Any, dtype: torch.dtype) -> None:
     """Refuses weights that transformers loads in float32 next to others in bfloat16."""
     kept = getattr(model, "_keep_in_fp32_modules_strict", None)
@@ -117,15 +161,35 @@ def _check_dtypes(model: Any, dtype: torch.dtype) -> None:
         )
 
 
+def _choose_conversions(model: Any, files: Mapping[str, Path], path: str) -> None:
+    """Notes in the model how its names and those of the files go together.
+
+    Either they are the same, or the files have those under which transformers writes the model:
+    experts one by one, for example.
+
+    Raises:
+        InputError: they are neither.
+    """
+    model._weight_conversions = []  # of transformers: the model is written as it is
+    try:
+        _check_names(model, files, path)
+    except InputError:
+        del model._weight_conversions  # it is written by the conversions of its kind
+        _check_names(model, files, path)
+
+
 def _check_names(model: nn.Module, files: Mapping[str, Path], path: str) -> None:
-    """Checks that files and model have the same names, so that nothing must be converted."""
-    known = set()
+    """Checks that the files hold every run of every parameter, and nothing else."""
+    runs = _runs_of_parameters(model)
+    known: set[str] = set()
     for names in _names_of_parameters(model).values():
-        known |= {*names}
-        if not any(name in files for name in names):
+        for name in names:
+            known |= runs[name].keys()
+        if not any(runs[name].keys() <= files.keys() for name in names):
+            missing = next(stored for stored in runs[names[0]] if stored not in files)
             raise InputError(
                 f"{KEY}: must be none, transformers converts the files of {path} for this model, "
-                f"which have no {names[0]}"
+                f"which have no {missing}"
             )
     known |= _stored_buffers(model, files).keys()
     ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []))
@@ -133,6 +197,15 @@ def _check_names(model: nn.Module, files: Mapping[str, Path], path: str) -> None
         if name.endswith(_COMPUTED) or (ignored.pattern and ignored.search(name)):
             continue
         raise InputError(f"{KEY}: must be none, no weight of this model reads {name} of {path}")
+
+
+def _runs_of_parameters(model: nn.Module) -> dict[str, dict[str, Run]]:
+    """Parameter -> the stored tensors that hold it."""
+    runs: dict[str, dict[str, Run]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for stored, run in stored_runs(model, parameters).items():
+        runs.setdefault(run.name, {})[stored] = run
+    return runs
 
 
 def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:

@@ -34,13 +34,37 @@ def rows_of(num_rows: int, rank: int, size: int) -> tuple[int, int]:
     return first, min(each, num_rows - first)
 
 
-def stream_bytes(tensor: Tensor, ranks: Ranks) -> Iterator[memoryview]:
+def own_run(tensor: Tensor, start: int, count: int, rank: int, size: int) -> tuple[int, int]:
+    """First element and number of elements of a run that lie in one process's rows.
+
+    Args:
+        tensor: a divided tensor of at least one dimension.
+        start: the run's first element in row-major order.
+        count: its number of elements.
+        rank: the process.
+        size: number of processes.
+    """
+    width = tensor.shape[1:].numel()
+    first_row, num_rows = rows_of(tensor.shape[0], rank, size)
+    first = max(start, first_row * width)
+    last = min(start + count, (first_row + num_rows) * width)
+    return first, max(0, last - first)
+
+
+def stream_bytes(
+    tensor: Tensor, ranks: Ranks, run: tuple[int, int] | None = None
+) -> Iterator[memoryview]:
     """The elements of a whole tensor in row-major order, piece by piece, in the leading process.
 
     Every process calls it for a divided tensor and consumes it; the others get no piece. Only one
     piece of another process is in the leader's memory at once.
+
+    Args:
+        tensor: the tensor.
+        ranks: the processes.
+        run: first element and number of elements of a part of it; None: all.
     """
-    own = own_part(tensor.detach())
+    own = own_values(tensor, ranks, run)
     if ranks.leads:
         for piece in _pieces(_as_bytes(own)):
             yield _view(piece)
@@ -50,14 +74,28 @@ def stream_bytes(tensor: Tensor, ranks: Ranks) -> Iterator[memoryview]:
         for piece in _pieces(_as_bytes(own)):
             dist.send(piece, dst=0)
         return
-    row_bytes = tensor.shape[1:].numel() * tensor.element_size()
+    first, count = run or (0, tensor.numel())
     for rank in range(1, ranks.size):
-        left = rows_of(tensor.shape[0], rank, ranks.size)[1] * row_bytes
+        left = own_run(tensor, first, count, rank, ranks.size)[1] * tensor.element_size()
         while left:
             piece = torch.empty(min(left, PIECE_BYTES), dtype=torch.uint8, device=own.device)
             dist.recv(piece, src=rank)
             yield _view(piece)
             left -= piece.numel()
+
+
+def own_values(tensor: Tensor, ranks: Ranks, run: tuple[int, int] | None = None) -> Tensor:
+    """This process's elements of a run, flat, in the tensor's memory; None: of all."""
+    own = own_part(tensor.detach())
+    if run is None:
+        return own.contiguous().view(-1)
+    flat = own.view(-1)  # no copy: values may be written into it
+    start, count = run
+    if not is_divided(tensor):
+        return flat[start : start + count]
+    first, num_own = own_run(tensor, start, count, ranks.rank, ranks.size)
+    offset = rows_of(tensor.shape[0], ranks.rank, ranks.size)[0] * tensor.shape[1:].numel()
+    return flat[first - offset : first - offset + num_own]
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

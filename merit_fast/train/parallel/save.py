@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from merit_fast.manifests.atomic import write_text
 from merit_fast.train.parallel.files import write_tensors
 from merit_fast.train.parallel.ranks import Ranks
+from merit_fast.train.parallel.stored import plan_files, stored_runs
 
 _INDEX = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}
@@ -24,19 +24,15 @@ def write_model(model: Any, directory: Path, max_shard_size: str, ranks: Ranks) 
         max_shard_size: largest weight file, as ``save_pretrained`` reads it.
         ranks: the processes; each calls this function.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     tensors = _saved_tensors(model)
-    sizes = {
-        name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta")
-        for name in sorted(tensors, key=_numbers_by_size)
-    }
-    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    runs = stored_runs(model, tensors)
+    plan = plan_files(model, tensors, max_shard_size)
     if ranks.leads:
         _write_configs(model, directory)
     for file, names in plan.filename_to_tensors.items():
-        chosen = {name: tensors[name] for name in names}
-        write_tensors(directory / file, chosen, _METADATA, ranks)
+        chosen = {name: tensors[runs[name].name] for name in names}
+        parts = {name: runs[name] for name in names if runs[name].shape != chosen[name].shape}
+        write_tensors(directory / file, chosen, _METADATA, ranks, parts)
     if plan.is_sharded and ranks.leads:
         metadata = {"total_parameters": model.num_parameters(), **plan.metadata}
         index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
@@ -54,16 +50,6 @@ def _saved_tensors(model: Any) -> dict[str, Tensor]:
         if name not in ignored and (before is None or before in tied):
             kept[id(tensor)] = name
     return {name: tensors[name].detach() for name in kept.values()}
-
-
-def _numbers_by_size(name: str) -> list[tuple[int, str, int]]:
-    """A key that sorts layer 2 before layer 10, as transformers does."""
-    key: list[tuple[int, str, int]] = []
-    for part in name.split("."):
-        word = part.rstrip("0123456789")
-        digits = part[len(word) :]
-        key.append((int(bool(word)), word, int(digits) if digits else -1))
-    return key
 
 
 def _write_configs(model: Any, directory: Path) -> None:

@@ -6,6 +6,7 @@ from merit_fast.errors import InputError
 
 SIZE = "WORLD_SIZE"
 RANK = "RANK"
+LOCAL_SIZE = "LOCAL_WORLD_SIZE"
 
 
 def world_size() -> int:
@@ -25,6 +26,11 @@ def world_rank() -> int:
     return _number(RANK, 0)
 
 
+def local_size() -> int:
+    """Number of these processes on this machine; all of them where the launcher tells none."""
+    return max(_number(LOCAL_SIZE, world_size()), 1)
+
+
 def require_one_process(command: str) -> None:
     """Checks that no launcher started this process as one of several.
 
@@ -33,8 +39,8 @@ def require_one_process(command: str) -> None:
     """
     if world_size() > 1:
         raise InputError(
-            f"{command}: {SIZE} must be 1, got {world_size()}: only merit-fast train shares its "
-            "work among the processes of torchrun"
+            f"{command}: {SIZE} must be 1, got {world_size()}: only merit-fast train and sketch "
+            "share their work among the processes of torchrun"
         )
 
 

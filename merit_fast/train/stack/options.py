@@ -6,7 +6,7 @@ from typing import Literal
 from merit_fast.errors import InputError, show
 from merit_fast.options.fields import require
 
-Engine = Literal["builtin", "trl", "axolotl", "llamafactory", "command"]
+Engine = Literal["builtin", "trl", "axolotl", "llamafactory", "swift", "command"]
 
 PLACEHOLDERS = ("rows", "config", "base", "out", "branch", "group", "seed")
 

@@ -16,17 +16,17 @@ VALUES = {
     "--image": "reg/merit:1",
     "--install": "merit_fast",
     "--storage": "claim",
+    "--scratch": "/local/run",
     "--secret": "hub-token",
 }
+STORED = ("--storage", "--scratch")
 READ = {
     "shell": {"--gpus", "--workers"},
-    "slurm": {"--gpus", "--cpus", "--workers", "--time", "--partition"},
-    "sky": {
-        *("--gpus", "--accelerator", "--cpus", "--image", "--install", "--storage", "--secret")
-    },
-    "ray": {"--gpus", "--workers", "--image", "--install"},
-    "k8s-job": {*("--gpus", "--cpus", "--workers", "--time", "--image", "--storage", "--secret")},
-    "hf-jobs": {"--gpus", "--accelerator", "--time", "--image", "--storage", "--secret"},
+    "slurm": {*("--gpus", "--cpus", "--workers", "--time", "--partition"), *STORED},
+    "sky": {*("--gpus", "--accelerator", "--cpus", "--image", "--install", "--secret"), *STORED},
+    "ray": {"--gpus", "--workers", "--image", "--install", *STORED},
+    "k8s-job": {*("--gpus", "--cpus", "--workers", "--time", "--image", "--secret"), *STORED},
+    "hf-jobs": {*("--gpus", "--accelerator", "--time", "--image", "--secret"), *STORED},
 }
 
 

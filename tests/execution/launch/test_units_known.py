@@ -59,6 +59,16 @@ def test_predicted_units_are_those_of_the_split(split_run, assignments):
                 assert order.index(need) < order.index(name)
 
 
+def test_with_kfac_the_datasets_wait_for_one_job_that_collects_the_factors(split_run):
+    config = read_run_config(split_run, ["split.normalize=kfac"])
+    known = list(list_units(Outputs(config, "merit-fast")))  # up to the split
+    predicted = predicted_units(config)
+    assert predicted[: len(known)] == known and known[0] == "factors"
+    first, second, *_ = steps_of(config, predicted, 4)
+    assert (first.name, first.units, first.gpus) == ("factors", ("factors",), 1)
+    assert (second.name, second.after, second.is_parallel) == ("sketch", ("factors",), True)
+
+
 @pytest.mark.parametrize(
     "assignment, key",
     [

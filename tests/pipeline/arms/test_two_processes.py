@@ -41,19 +41,23 @@ def runs(tmp_path_factory, tiny_model, tiny_mixture):
         run.split()
         shutil.copytree(folder / "one", folder / "two")
         run.train()
-    file = str(folder / "two" / "run.yml")
+    return folder, train_in_two(folder / "two" / "run.yml")
+
+
+def train_in_two(file, *words, **variables):
     common = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(29500 + os.getpid() % 2000),
+        **variables,
     }
     results = run_together(
-        [["-m", "merit_fast", "train", file]] * 2,
+        [["-m", "merit_fast", "train", str(file), *words]] * 2,
         environments=[{**os.environ, **common, "RANK": str(rank)} for rank in range(2)],
         timeout=240,
     )
     assert [result.returncode for result in results] == [0, 0], results
-    return folder, results
+    return results
 
 
 def metrics(folder):
@@ -83,6 +87,27 @@ def test_two_processes_train_the_branches_of_one(runs):
             for key in ours.keys() - {"seconds"}:
                 assert without_none(ours[key]) == pytest.approx(without_none(theirs[key]), rel=1e-4)
         ends = [load_model(str(path), "fp32").state_dict() for path in (one, two)]
+        for key, tensor in ends[0].items():
+            torch.testing.assert_close(ends[1][key], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.process
+def test_auto_divides_a_model_where_whole_ones_do_not_fit(runs):
+    folder, _ = runs
+    shutil.copytree(folder / "two", folder / "auto")
+    shutil.rmtree(folder / "auto" / "out" / "branches")
+    many = str(10**9)  # processes on this machine
+    file = folder / "auto" / "run.yml"
+    results = train_in_two(file, "train.shard=auto", LOCAL_WORLD_SIZE=many)
+    assert "train.shard auto is full: whole models need" in results[0].stderr
+    assert "train.shard auto" not in results[1].stderr
+    names = [path.name for path in (folder / "auto/out/branches").iterdir() if path.is_dir()]
+    assert names
+    for name in names:
+        ends = [
+            load_model(str(folder / run / "out/branches" / name), "fp32").state_dict()
+            for run in ("one", "auto")
+        ]
         for key, tensor in ends[0].items():
             torch.testing.assert_close(ends[1][key], tensor, rtol=1e-3, atol=1e-4)
 

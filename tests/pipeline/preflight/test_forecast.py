@@ -117,6 +117,17 @@ def test_the_forecast_counts_the_bytes_of_stored_rows(config_file, tmp_path):
     assert forecast_of(config_file, *words)[1]["sketch"].up_to_date
 
 
+def test_the_disk_has_to_hold_the_spans_of_one_dataset(config_file, tmp_path):
+    words = ("split.store=true", "split.store_dim=4096", "split.examples=6")
+    before, _ = forecast_of(config_file, *words)
+    forecast, _ = forecast_of(config_file, *words, "split.span=2")
+    run = Run(read_run_config(config_file, [*words, "split.span=2"]), Notes())
+    name = next(iter(run.outputs.contents))
+    run.work.sketch(tmp_path / "share", only=name, share=(1, 1))
+    written = sum(file.stat().st_size for file in (tmp_path / "share").rglob("*.safetensors"))
+    assert 0.9 * written < forecast.needed_bytes - before.needed_bytes < 1.1 * written
+
+
 ADAPTER = "train.adapter={kind: lora, rank: 2, targets: [q_proj]}"
 
 

@@ -4,7 +4,11 @@ import pytest
 from support.training import CONFIG, dataset
 
 from merit_fast.data import collate
-from merit_fast.pipeline.preflight.memory import describe_memory, training_bytes
+from merit_fast.pipeline.preflight.memory import (
+    describe_memory,
+    settle_shard,
+    training_bytes,
+)
 from merit_fast.train.config import TrainConfig
 from merit_fast.train.loss import batch_loss
 from merit_fast.train.optimizer import MasterAdamW
@@ -68,3 +72,22 @@ def test_the_note_tells_what_each_process_holds(tiny_model):
     assert "processes" not in describe_memory(tiny_model, CONFIG)
     note = describe_memory(tiny_model, config_of(shard="full", adapter=LORA))
     assert "each of N processes needs the N-th part of it" in note and "whole adapter" in note
+
+
+def test_auto_divides_where_whole_models_of_this_machine_do_not_fit(tiny_model, monkeypatch):
+    config = config_of(shard="auto")
+    whole = training_bytes(tiny_model, config)
+    module = "merit_fast.pipeline.preflight.memory"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    notes = []
+    for room, expected in ((2.3, "none"), (2.1, "full")):  # two of them here, a tenth for the rest
+        monkeypatch.setattr(f"{module}.available_memory_bytes", lambda size=int(room * whole): size)
+        assert settle_shard(tiny_model, config, notes.append) == expected
+        assert notes[-1].startswith(f"train.shard auto is {expected}: whole models need")
+    monkeypatch.setattr(f"{module}.available_memory_bytes", lambda: 9 * whole)
+    in_backward = config_of(shard="auto", update_in_backward="previous")
+    assert settle_shard(tiny_model, in_backward, notes.append) == "full"
+    assert "where that does not fit, each of N processes" in describe_memory(tiny_model, config)

@@ -1,14 +1,15 @@
 """Units of a run: any process does any of them, in any order, to the bytes of one process."""
 
-import random
+import fnmatch
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from support.checks import tree_bytes
+from support.execution.units import missing, results, run_of
 from support.paths import KILL_AT
-from support.runs import MEASURED, Notes
+from support.runs import Notes
 from support.warm import run_python, run_together
 
 from merit_fast.errors import InputError
@@ -16,60 +17,7 @@ from merit_fast.manifests.ledger import UNITS_FOLDER
 from merit_fast.pipeline.config import read_run_config
 from merit_fast.pipeline.run import Run
 from merit_fast.pipeline.units.doing import do_unit
-from merit_fast.pipeline.units.listing import list_units, missing_units, unit_states
-
-
-def run_of(file):
-    """A fresh object, as in a process of its own."""
-    return Run(read_run_config(file), Notes())
-
-
-def missing(file):
-    outputs = run_of(file).outputs
-    units = list_units(outputs)
-    return units, missing_units(units, outputs)
-
-
-def ready(file):
-    _, left = missing(file)
-    return [name for name, unit in left.items() if not any(n in left for n in unit.needs)]
-
-
-def results(out):
-    """The bytes of every result: no parts, no tokens, nothing that holds seconds."""
-    files = tree_bytes(out)
-    kept = {}
-    for name, data in files.items():
-        top = str(name).split("/")[0]
-        if top in (UNITS_FOLDER, "tokens") or str(name).split("/")[-1] in MEASURED:
-            continue
-        kept[str(name)] = data
-    return kept
-
-
-@pytest.fixture(scope="module")
-def configured(tmp_path_factory, finished_run):
-    """A YAML like the finished run's, with another output."""
-
-    def make(name):
-        folder = tmp_path_factory.mktemp(name)
-        finished_run.copy_config(folder)
-        return folder / "run.yml"
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def by_units(configured):
-    """A run whose units came in a random order, each from a fresh object."""
-    file = configured("units")
-    order = random.Random(3)
-    done = []
-    while names := ready(file):
-        name = order.choice(names)
-        assert do_unit(run_of(file), name)
-        done.append(name)
-    return file, done
+from merit_fast.pipeline.units.states import unit_states
 
 
 def test_units_in_any_order_give_the_bytes_of_one_process(by_units, finished_run):
@@ -91,6 +39,11 @@ def test_every_stage_and_part_is_a_unit(by_units):
     assert {unit.stage for unit in units.values()} == stages
     assert {f"sketch/{name}" for name in run_of(file).outputs.contents} < set(units)
     assert {"evaluate/base", "evaluate/merit", "evaluate/merit-0"} < set(units)
+    assert {"sketch/codes/1-of-2", "sketch/codes/2-of-2"} < set(units)
+    shares = [name for name in units if name.startswith("merge/merit/")]
+    count = len(shares)
+    assert count > 2 and shares == [f"merge/merit/{i + 1}-of-{count}" for i in range(count)]
+    assert done.index("merge/merit") > max(map(done.index, shares))
 
 
 def test_a_unit_that_is_done_stays_as_it_is(by_units):
@@ -159,10 +112,9 @@ def test_the_command_line_does_and_lists_units(by_units, configured, call, tmp_p
 @pytest.mark.parametrize(
     "pattern,unit",
     [
-        ("units/sketch/codes$", "sketch/codes"),
         ("sketch.tmp/codes.safetensors", "sketch"),
-        ("branches/merit-1$", "train/merit-1"),
         ("units/evaluate/merit-0$", "evaluate/merit-0"),
+        ("shares/merge/merit/1-of-", "merge/merit/1-of-*"),
     ],
 )
 def test_a_unit_that_is_killed_is_done_by_the_same_command(by_units, tmp_path, pattern, unit):
@@ -171,6 +123,7 @@ def test_a_unit_that_is_killed_is_done_by_the_same_command(by_units, tmp_path, p
     shutil.copy(file, tmp_path)
     units, _ = missing(tmp_path / "run.yml")
     expected = results(tmp_path / "out")
+    [unit] = fnmatch.filter(units, unit)
     shutil.rmtree(units[unit].path)
     command = ["unit", str(tmp_path / "run.yml"), unit]
     killed = run_python([str(KILL_AT), pattern, "1", *command], timeout=300)

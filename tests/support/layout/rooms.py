@@ -87,6 +87,7 @@ INSIDE = {
     "sketch": (
         "config",
         "names",
+        "divided",
         "selection",
         "frozen_linear",
         "precondition",
@@ -145,6 +146,7 @@ INSIDE = {
         "plan",
         "reporting",
         "records",
+        "storage",
         "outputs",
         "data",
         "branches",

@@ -55,6 +55,8 @@ CASES: dict[str, tuple[str, TrainConfig]] = {
         replace(_EAGER, adapter=AdapterConfig(kind="lora", rank=2, dropout=0.1), dtype="bf16"),
     ),
     "packed": ("tied", replace(_EAGER, packing=True, accumulation=3, epochs=1)),
+    "experts": ("experts", replace(CONFIG, dtype="bf16", max_shard_size="30KB", epochs=1)),
+    "stacked": ("stacked", replace(CONFIG, epochs=1)),
     "small_moments": ("tied", replace(_EAGER, optimizer="adamw-8bit", epochs=1)),
 }
 RESUMED = ("tied", replace(_EAGER, checkpoint_steps=2, clip_norm=0.5))

@@ -64,6 +64,7 @@ def run(
         "threads": config.threads,
         "allow_nonfinite": config.allow_nonfinite,
         "write_early": config.fsync,
+        "written": files.written,
         "elements_done": elements_done,
     }
     sums = {"pieces": pieces, "gram": grams}

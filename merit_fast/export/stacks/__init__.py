@@ -1,0 +1,1 @@
+"""One stack's form of rows and its configuration per file."""

@@ -1,0 +1,1 @@
+"""Stands in for ms-swift: the modules that an engine asks and runs."""
