@@ -182,7 +182,7 @@ class Work:
         from merit_fast.sketch.mixture.reuse import read_check
 
         outputs = self.outputs
-        options = report_options(outputs.config, outputs.plan.notes)
+        options = report_options(outputs.config, outputs.title, outputs.plan.notes)
         reported = outputs.reported
         evaluation = None
         audit = None
