@@ -203,7 +203,8 @@ def different_files(first: dict[str, str], second: dict[str, str]) -> list[str]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """What every way cost and which files differ from the first way's, as Markdown."""
     lines = [
-        "| way | wall s | CPU s without the driver | units | CPU s of a unit beyond one process | differs |",
+        "| way | wall s | CPU s without the driver | units | CPU s of a unit beyond one process "
+        "| differs |",
         "|---|---|---|---|---|---|",
     ]
     first = next(iter(results.values()))
