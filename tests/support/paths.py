@@ -6,7 +6,7 @@ TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 PACKAGE = ROOT / "merit_fast"
 KILL_AT = TESTS / "support" / "kill_at.py"
-KILL_DRIVER = TESTS / "support" / "kill_driver.py"
+KILL_DRIVER = TESTS / "support" / "execution" / "kill_driver.py"
 HELD_MERGE = TESTS / "support" / "held_merge.py"
 
 
