@@ -30,7 +30,6 @@ OPS: Mapping[str, tuple[Backend, ...]] = {
     "adamw": ("cpu", "triton"),
     "rms_norm": ("cpu", "triton"),
     "add_rms_norm": ("cpu", "triton"),
-    "layer_norm": ("cpu", "triton"),
     "swiglu": ("cpu", "triton"),
     "geglu": ("cpu", "triton"),
     "rope": ("cpu", "triton"),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bench.gpu.cases import Case, Op, random, with_compiled
 from bench.support.dtypes import DTYPES
-from merit_fast.kernels.layers import add_rms_norm, geglu, layer_norm, rms_norm, rope, swiglu
+from merit_fast.kernels.layers import add_rms_norm, geglu, rms_norm, rope, swiglu
 
 EPSILON = 1e-6
 Layer = Callable[..., Any]
@@ -137,18 +137,6 @@ def added(device: torch.device, *shapes: tuple[int, ...], timed: bool = False) -
             )
 
 
-def layer_norms(
-    device: torch.device, *shapes: tuple[int, ...], timed: bool = False
-) -> Iterator[Case]:
-    for dtype in DTYPES:
-        for shape in shapes:
-            x = random(*shape, dtype=dtype, device=device)
-            weight, bias = (random(shape[-1], dtype=dtype, device=device) for _ in range(2))
-            ours = functools.partial(layer_norm, epsilon=EPSILON)
-            formula = lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, EPSILON)  # noqa: E731
-            yield case(f"{list(shape)}", dtype, ours, formula, [x, weight, bias], timed=timed)
-
-
 def gates(
     ours: Layer,
     formula: Layer,
@@ -209,7 +197,6 @@ def op(name: str, cases: Layer, small: Sequence[tuple[int, ...]], large: tuple[i
 LAYERS = [
     op("rms_norm", norms, NORM_SHAPES, (8192, 4096)),
     op("add_rms_norm", added, NORM_SHAPES, (8192, 4096)),
-    op("layer_norm", layer_norms, NORM_SHAPES, (8192, 4096)),
     op("swiglu", SWIGLU, GATE_SHAPES, (8192, 11008)),
     op("geglu", GEGLU, GATE_SHAPES, (8192, 11008)),
     op("rope", ropes, ROPE_SHAPES, (4, 2048, 32, 8, 128)),

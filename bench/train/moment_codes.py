@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from bench.support.measure import machine
 from bench.train.low_memory import BATCH, LENGTH, new_model, words_of
+from merit_fast.kernels.optimizer import _eager
 
 RATE = 1e-3
 BETAS = (0.9, 0.999)
@@ -82,9 +83,27 @@ class Codes:
         return (value * top * rows.sign()).flatten()[: values.numel()].view(values.shape)
 
 
-CODES = {
-    "ours: square and 4th power, 256": Codes(powers(127, 2), powers(255, 4), 256),
-    "ours, to nearest": Codes(powers(127, 2), powers(255, 4), 256, stochastic=False),
+class Ours:
+    """``FusedAdamW``'s own codes: the second moment is rounded with the bits of the first one."""
+
+    def __init__(self, stochastic: bool = True) -> None:
+        self.stochastic = stochastic
+        self.bits: Tensor | None = None
+
+    def rounded(self, values: Tensor, second: bool) -> Tensor:
+        flat = values.flatten()
+        if self.stochastic and not second:
+            self.bits = torch.randint(1 << 32, flat.shape)
+        codes = torch.empty(len(flat), dtype=torch.uint8 if second else torch.int8)
+        scale = torch.empty(-(-len(flat) // _eager.BLOCK))
+        _eager.encode(flat, codes, scale, second=second, bits=self.bits)
+        return _eager.decoded(codes, scale, second=second).view(values.shape)
+
+
+CODES: dict[str, Codes | Ours] = {
+    "ours: square and 4th power, 256": Ours(),
+    "ours, to nearest": Ours(stochastic=False),
+    "the same, draws of their own": Codes(powers(127, 2), powers(255, 4), 256),
     "ours, blocks of 64": Codes(powers(127, 2), powers(255, 4), 64),
     "FlashOptim: softsign, root, 32": Codes(softsign(127), powers(255, 2), 32, False, True),
     "FlashOptim's, random bits": Codes(softsign(127), powers(255, 2), 32, True, True),

@@ -96,49 +96,6 @@ void define_norm(nb::module_& m, const LayerKernels& kernels) {
       "epsilon"_a, "dscale"_a, "threads"_a);
 }
 
-void define_layer_norm(nb::module_& m, const LayerKernels& kernels) {
-  m.def(
-      "layer_norm",
-      [&kernels](int64_t rows, int64_t cols, const LayerMatrix& x, const LayerMatrix& out,
-                 uintptr_t scale, uintptr_t shift, double epsilon, int threads) {
-        const LayerNormJob job{.rows = rows,
-                               .cols = cols,
-                               .x = x,
-                               .out = out,
-                               .scale = pointer<const float>(scale),
-                               .shift = pointer<const float>(shift),
-                               .epsilon = float(epsilon),
-                               .threads = threads};
-        nb::gil_scoped_release release;
-        kernels.layer_norm(job);
-      },
-      nb::kw_only(), "rows"_a, "cols"_a, "x"_a, "out"_a, "scale"_a, "shift"_a, "epsilon"_a,
-      "threads"_a);
-
-  m.def(
-      "layer_norm_backward",
-      [&kernels](int64_t rows, int64_t cols, const LayerMatrix& dout, const LayerMatrix& x,
-                 const LayerMatrix& dx, uintptr_t scale, double epsilon, uintptr_t dparameters,
-                 int threads) {
-        nb::gil_scoped_release release;
-        std::unique_ptr<float[]> sums;
-        if (dparameters)
-          sums.reset(new float[size_t((rows + kNormRows - 1) / kNormRows * 2 * cols)]);
-        kernels.layer_norm_backward({.rows = rows,
-                                     .cols = cols,
-                                     .dout = dout,
-                                     .x = x,
-                                     .dx = dx,
-                                     .scale = pointer<const float>(scale),
-                                     .epsilon = float(epsilon),
-                                     .sums = sums.get(),
-                                     .dparameters = pointer<float>(dparameters),
-                                     .threads = threads});
-      },
-      nb::kw_only(), "rows"_a, "cols"_a, "dout"_a, "x"_a, "dx"_a, "scale"_a, "epsilon"_a,
-      "dparameters"_a, "threads"_a);
-}
-
 void define_gated(nb::module_& m, const LayerKernels& kernels) {
   m.def(
       "gated",
@@ -211,7 +168,6 @@ void define_rope(nb::module_& m, const LayerKernels& kernels) {
 void define_layers(nb::module_& m, const LayerKernels& kernels) {
   define_structs(m);
   define_norm(m, kernels);
-  define_layer_norm(m, kernels);
   define_gated(m, kernels);
   define_rope(m, kernels);
 }

@@ -35,25 +35,6 @@ struct NormBackward {
   int threads;
 };
 
-// LayerNorm of each row: (x - mean) / deviation * scale + shift. out has the type of x.
-struct LayerNormJob {
-  int64_t rows, cols;
-  LayerMatrix x, out;
-  const float *scale, *shift;  // [cols]
-  float epsilon;
-  int threads;
-};
-
-struct LayerNormBackward {
-  int64_t rows, cols;
-  LayerMatrix dout, x, dx;  // of one type
-  const float* scale;
-  float epsilon;
-  float* sums;         // [ceil(rows / kNormRows), 2, cols] to work in, or null: no dparameters
-  float* dparameters;  // [2, cols]: gradients of scale and shift
-  int threads;
-};
-
 enum class Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2 };
 
 // out = activation(gate) * up; with dout, the gradients dgate and dup instead. All matrices have
@@ -87,8 +68,6 @@ struct RopeJob {
 struct LayerKernels {
   void (*norm)(const NormJob&);
   void (*norm_backward)(const NormBackward&);
-  void (*layer_norm)(const LayerNormJob&);
-  void (*layer_norm_backward)(const LayerNormBackward&);
   void (*gated)(const GatedJob&);
   void (*rope)(const RopeJob&);
 };

@@ -13,15 +13,12 @@ static inline T* row_of(const LayerMatrix& m, int64_t row) {
 }
 
 #include "layers/norm.inl"
-#include "layers/layer_norm.inl"
 #include "layers/gated.inl"
 #include "layers/rope.inl"
 
 extern const LayerKernels layer_kernels = {
     .norm = norm,
     .norm_backward = norm_backward,
-    .layer_norm = layer_norm,
-    .layer_norm_backward = layer_norm_backward,
     .gated = gated,
     .rope = rope,
 };

@@ -1,5 +1,8 @@
 // How moments and weights of each kind are read and written, element by element in one loop.
 
+// In loops that vectorize only if all of them is in line.
+#define MERIT_INLINE __attribute__((always_inline))
+
 template <class T>
 static inline T* at(void* data, int64_t first) {
   return static_cast<T*>(data) + first;
@@ -18,9 +21,9 @@ static inline uint32_t with_one_nan(uint32_t bits) {
 struct FloatMoments {
   float *m, *v;
 
-  float first(int i) const { return m[i]; }
-  float second(int i) const { return v[i]; }
-  void store(int i, float first, float second) const {
+  MERIT_INLINE float first(int i) const { return m[i]; }
+  MERIT_INLINE float second(int i) const { return v[i]; }
+  MERIT_INLINE void store(int i, float first, float second) const {
     m[i] = first;
     v[i] = second;
   }
@@ -31,9 +34,9 @@ struct Bf16Moments {
   uint16_t *m, *v;
   RandomRun random;
 
-  float first(int i) const { return widen(m[i]); }
-  float second(int i) const { return widen(v[i]); }
-  void store(int i, float first, float second) const {
+  MERIT_INLINE float first(int i) const { return widen(m[i]); }
+  MERIT_INLINE float second(int i) const { return widen(v[i]); }
+  MERIT_INLINE void store(int i, float first, float second) const {
     if constexpr (Stochastic) {
       const uint32_t bits = random.of_moments(i);
       m[i] = stochastic_bf16(first, bits >> 16);
@@ -48,8 +51,8 @@ struct Bf16Moments {
 struct FloatWeight {
   float* w;
 
-  float load(int i, uint32_t&) const { return w[i]; }
-  void store(int i, float value) const { w[i] = value; }
+  MERIT_INLINE float load(int i, uint32_t&) const { return w[i]; }
+  MERIT_INLINE void store(int i, float value) const { w[i] = value; }
 };
 
 template <bool Stochastic>
@@ -57,8 +60,8 @@ struct Bf16Weight {
   uint16_t* w;
   RandomRun random;
 
-  float load(int i, uint32_t&) const { return widen(w[i]); }
-  void store(int i, float value) const {
+  MERIT_INLINE float load(int i, uint32_t&) const { return widen(w[i]); }
+  MERIT_INLINE void store(int i, float value) const {
     if constexpr (Stochastic)
       w[i] = stochastic_bf16(value, random.of_weight(i) >> 16);
     else
@@ -71,13 +74,13 @@ struct FloatMaster {
   uint16_t* w;
   float* master;
 
-  float load(int i, uint32_t& won) const {
+  MERIT_INLINE float load(int i, uint32_t& won) const {
     const uint32_t bits = as_bits(master[i]);
     const uint32_t differs = bits_to_bf16(bits) == w[i] ? 0u : ~0u;
     won |= (w[i] & 0x7fffu) > 0x7f80u ? 0u : differs;  // not for NaN, which has many bits
     return as_float((bits & ~differs) | ((uint32_t(w[i]) << 16) & differs));
   }
-  void store(int i, float value) const {
+  MERIT_INLINE void store(int i, float value) const {
     master[i] = value;
     w[i] = bits_to_bf16(as_bits(value));
   }
@@ -87,8 +90,8 @@ struct SplitMaster {
   uint16_t* w;
   int16_t* low;
 
-  float load(int i, uint32_t&) const { return joined(w[i], low[i]); }
-  void store(int i, float value) const {
+  MERIT_INLINE float load(int i, uint32_t&) const { return joined(w[i], low[i]); }
+  MERIT_INLINE void store(int i, float value) const {
     const uint32_t bits = with_one_nan(as_bits(value));
     w[i] = uint16_t((bits + 0x8000u) >> 16);
     low[i] = int16_t(bits & 0xffffu);
@@ -102,8 +105,8 @@ struct Split8Master {
   int8_t* low;
   RandomRun random;
 
-  float load(int i, uint32_t&) const { return joined(w[i], int32_t(low[i]) * 256); }
-  void store(int i, float value) const {
+  MERIT_INLINE float load(int i, uint32_t&) const { return joined(w[i], int32_t(low[i]) * 256); }
+  MERIT_INLINE void store(int i, float value) const {
     const uint32_t noise = Stochastic ? random.of_weight(i) >> 24 : 0x80u;
     const uint32_t bits = with_one_nan(with_random(value, noise));
     w[i] = uint16_t((bits + 0x8000u) >> 16);

@@ -8,7 +8,8 @@ enum class Moments : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
 enum class Master : int32_t { NONE = 0, F32 = 1, SPLIT = 2, SPLIT8 = 3 };
 
 const int64_t kUpdateItem = 16384;  // elements that one thread takes at a time
-const int kUpdateChunk = 1024;      // elements of an item held in L1: blocks of 8-bit moments
+const int kUpdateChunk = 1024;      // elements of an item held in L1
+const int kCodedChunk = 512;        // the same of blocks of 8-bit moments
 const int kMomentBlock = 256;       // 8-bit moments that share a scale
 const int kRandomBlock = 1024;      // elements whose random bits share a key
 

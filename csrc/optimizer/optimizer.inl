@@ -1,21 +1,21 @@
 // AdamW in one pass over each parameter, sums of squares, and the table of both at one level.
 #include "optimizer/rounding.inl"
+#include "optimizer/codes.inl"
+#include "optimizer/moments.inl"
 #if MERIT_AVX512
 #include "optimizer/lanes.inl"
 #endif
-#include "optimizer/codes.inl"
 #include "optimizer/elements.inl"
-#include "optimizer/moments.inl"
 #include "optimizer/update.inl"
+#include "optimizer/coded.inl"
 
 // Returns whether a weight won over its master.
 static bool update_chunk(const AdamWJob& job, const AdamWTensor& t, const RandomTable& table,
                          int64_t from, int n) {
   bool won = false;
   if (job.moments == Moments::INT8) {
-    for (int i = 0; i < n; i += kMomentBlock)
-      won |=
-          update_coded_block(job, t, table, from + i, n - i < kMomentBlock ? n - i : kMomentBlock);
+    for (int i = 0; i < n; i += kCodedChunk)
+      won |= update_coded_chunk(job, t, table, from + i, n - i < kCodedChunk ? n - i : kCodedChunk);
   } else {
     for_each_run(job, t, table, from, n,
                  [&](const Run& run, int) { won |= run.update_in_place(); });

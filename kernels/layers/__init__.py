@@ -14,9 +14,9 @@ from torch import Tensor
 from merit_fast.errors import BackendUnavailableError
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.layers import _eager, _ops
-from merit_fast.kernels.layers._checks import check_layer_norm, check_norm, check_rope
+from merit_fast.kernels.layers._checks import check_norm, check_rope
 
-__all__ = ["add_rms_norm", "geglu", "layer_norm", "rms_norm", "rope", "swiglu"]
+__all__ = ["add_rms_norm", "geglu", "rms_norm", "rope", "swiglu"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -101,40 +101,6 @@ def add_rms_norm(
         return _eager.add_rms_norm(x, residual, weight, epsilon, offset, casting)
     out, total = _ops.add_rms_norm(x, residual, weight, epsilon, offset, casting, chosen)
     return out, total
-
-
-def layer_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    epsilon: float,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """LayerNorm (Ba et al. 2016) over the last dimension.
-
-        F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
-
-    Args:
-        x: as in ``rms_norm``.
-        weight: [H], of any of the dtypes; None: ones.
-        bias: [H], of any of the dtypes; None: zeros.
-        epsilon: added to the variance.
-        backend: as in ``rms_norm``.
-
-    Returns:
-        x's shape, layout and dtype.
-
-    Raises:
-        ValueError: shapes disagree.
-        BackendUnavailableError: ``backend`` cannot run here.
-    """
-    check_layer_norm(x, weight, bias)
-    chosen = _choose("layer_norm", backend, x, weight, bias)
-    if chosen == "eager":
-        return _eager.layer_norm(x, weight, bias, epsilon)
-    result: Tensor = _ops.layer_norm(x, weight, bias, epsilon, chosen)
-    return result
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None) -> Tensor:

@@ -35,13 +35,3 @@ def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
             "rope: q and k, cos and sin must have one dtype each, "
             f"got {q.dtype}, {k.dtype}, {cos.dtype}, {sin.dtype}"
         )
-
-
-def check_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    wrong = [t for t in (weight, bias) if t is not None and t.shape != x.shape[-1:]]
-    if x.dim() == 0 or wrong:
-        weight_shape, bias_shape = (None if t is None else list(t.shape) for t in (weight, bias))
-        raise ValueError(
-            "layer_norm: x must be [..., H], weight and bias [H], "
-            f"got {list(x.shape)}, {weight_shape}, {bias_shape}"
-        )

@@ -32,16 +32,6 @@ def add_rms_norm(
     return rms_norm(total, weight, epsilon, offset, casting), total
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
-    if all(t is None or t.dtype == x.dtype for t in (weight, bias)):
-        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
-    wide = torch.float32
-    for tensor in (x, weight, bias):
-        wide = wide if tensor is None else torch.promote_types(wide, tensor.dtype)
-    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
-    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, epsilon).to(x.dtype)
-
-
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return GATES[activation](gate) * up
 

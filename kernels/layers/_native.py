@@ -58,35 +58,6 @@ def norm_backward(
     )
 
 
-def layer_norm(x: Tensor, out: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> None:
-    """out = LayerNorm(x) * scale + shift."""
-    rows = _Rows(out)
-    rows.native.layer_norm(
-        **rows.sizes(),
-        x=rows.matrix(x),
-        out=rows.dense(out),
-        scale=scale.data_ptr(),
-        shift=shift.data_ptr(),
-        epsilon=epsilon,
-    )
-
-
-def layer_norm_backward(
-    dout: Tensor, x: Tensor, dx: Tensor, scale: Tensor, epsilon: float, dparameters: Tensor | None
-) -> None:
-    """Write the gradients of ``layer_norm``: of x, and of scale and shift, [2, H], if wanted."""
-    rows = _Rows(dx)
-    rows.native.layer_norm_backward(
-        **rows.sizes(),
-        dout=rows.matrix(dout),
-        x=rows.matrix(x),
-        dx=rows.dense(dx),
-        scale=scale.data_ptr(),
-        epsilon=epsilon,
-        dparameters=address(dparameters),
-    )
-
-
 def gated(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
     """out = activation(gate) * up."""
     rows = _Rows(out)

@@ -13,7 +13,7 @@ from merit_fast.kernels.layers._layout import empty_heads, empty_rows, heads_ins
 class NoKernels:
     """Fills nothing, for fakes: an op's results only have shapes, dtypes and strides."""
 
-    norm = norm_backward = layer_norm = layer_norm_backward = staticmethod(lambda *arguments: None)
+    norm = norm_backward = staticmethod(lambda *arguments: None)
     gated = gated_backward = rope = norm
 
 
@@ -131,52 +131,6 @@ def _scale(x: Tensor, weight: Tensor | None, offset: float) -> Tensor:
         return torch.ones(x.shape[-1], dtype=torch.float32, device=x.device)
     wide = weight.detach().float().contiguous()
     return offset + wide if offset else wide
-
-
-def layer_norm_backward(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    epsilon: float,
-    wants_parameters: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x, and of scale and shift together: [2, H], or [2, 0] if not wanted."""
-    dx = empty_rows(x, x.dtype)
-    columns = x.shape[-1] if wants_parameters else 0
-    dparameters = torch.empty(2, columns, dtype=torch.float32, device=x.device)
-    scale = _scale(x, weight, 0.0)
-    wanted = dparameters if wants_parameters else None
-    _kernels(backend).layer_norm_backward(dout, x, dx, scale, epsilon, wanted)
-    return dx, dparameters
-
-
-def _save_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, bias, ctx.epsilon, ctx.backend = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight)
-
-
-def _layer_norm_gradients(ctx: Any, backward: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-    dx, dparameters = backward(
-        dout, x, weight, ctx.epsilon, wants_weight or wants_bias, ctx.backend
-    )
-    dweight = dparameters[0].to(weight.dtype) if wants_weight else None
-    dbias = dparameters[1].to(ctx.bias_dtype) if wants_bias else None
-    return dx, dweight, dbias, None, None
-
-
-@differentiable(layer_norm_backward, _save_layer_norm, _layer_norm_gradients)
-def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float, backend: str
-) -> Tensor:
-    out = empty_rows(x, x.dtype)
-    scale = _scale(x, weight, 0.0)
-    shift = torch.zeros_like(scale) if bias is None else bias.detach().float().contiguous()
-    _kernels(backend).layer_norm(x, out, scale, shift, epsilon)
-    return out
 
 
 def gated_backward(

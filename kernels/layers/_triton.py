@@ -16,8 +16,6 @@ from merit_fast.kernels.layers._layout import as_rows, dense_rows
 from merit_fast.kernels.layers._triton_kernels import (
     gated_backward_kernel,
     gated_kernel,
-    layer_norm_backward_kernel,
-    layer_norm_kernel,
     norm_backward_kernel,
     norm_kernel,
     rope_kernel,
@@ -76,39 +74,6 @@ def norm_backward(
         )  # fmt: skip
     if dscale is not None:
         torch.sum(sums, 0, out=dscale)
-
-
-def layer_norm(x: Tensor, out: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> None:
-    rows, cols = _sizes(out)
-    tile_rows, block, warps = _tile(cols)
-    (x, x_stride), (out, out_stride) = (as_rows(t, out) for t in (x, out))
-    if rows and cols:
-        _launch(
-            layer_norm_kernel, -(-rows // tile_rows), out, x, out, scale, shift, rows, cols,
-            x_stride, out_stride, epsilon, tile_rows, block, num_warps=warps,
-        )  # fmt: skip
-
-
-def layer_norm_backward(
-    dout: Tensor, x: Tensor, dx: Tensor, scale: Tensor, epsilon: float, dparameters: Tensor | None
-) -> None:
-    rows, cols = _sizes(dx)
-    tile_rows, block, warps = _tile(cols)
-    tiles = -(-rows // tile_rows)
-    steps = max(1, -(-tiles // PROGRAMS))
-    programs = -(-tiles // steps)
-    sums = scale  # not touched
-    if dparameters is not None:
-        sums = torch.empty(programs, 2, cols, dtype=torch.float32, device=dx.device)
-    rows_of = [as_rows(t, dx) for t in (dout, x, dx)]
-    if rows and cols:
-        _launch(
-            layer_norm_backward_kernel, programs, dx, *(t for t, _ in rows_of), scale, sums,
-            rows, cols, *(stride for _, stride in rows_of), epsilon, steps,
-            dparameters is not None, tile_rows, block, num_warps=warps,
-        )  # fmt: skip
-    if dparameters is not None:
-        torch.sum(sums, 0, out=dparameters)
 
 
 def gated(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:

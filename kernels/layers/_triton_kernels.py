@@ -85,62 +85,6 @@ def norm_backward_kernel(
 
 
 @triton.jit
-def _moments(values, inside, cols, epsilon):
-    """Distances of a tile's values from their rows' means, and inverse standard deviations."""
-    mean = (tl.sum(values, 1) / cols)[:, None]
-    distance = tl.where(inside, values - mean, 0.0)
-    # A float of the mean is wrong by half a unit, which a row far from zero feels.
-    distance -= tl.where(inside, (tl.sum(distance, 1) / cols)[:, None], 0.0)
-    return distance, (1.0 / tl.sqrt(tl.sum(distance * distance, 1) / cols + epsilon))[:, None]
-
-
-@triton.jit
-def layer_norm_kernel(
-    x, out, scale, shift, rows, cols, x_stride, out_stride, epsilon,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out = LayerNorm(x) * scale + shift."""
-    row, col, inside = _tile(tl.program_id(0) * ROWS, rows, cols, ROWS, BLOCK)
-    values = tl.load(x + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
-    distance, inverse = _moments(values, inside, cols, epsilon)
-    factor = tl.load(scale + col, mask=col < cols, other=0.0)
-    added = tl.load(shift + col, mask=col < cols, other=0.0)
-    y = distance * inverse * factor + added
-    tl.store(out + row * out_stride + col, y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def layer_norm_backward_kernel(
-    dout, x, dx, scale, sums, rows, cols, dout_stride, x_stride, dx_stride, epsilon, steps,
-    SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dx of ``steps`` tiles of rows; their sums of dout * y and of dout: two rows of ``sums``.
-
-    The sums are in memory: a thread adds to its own columns only.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    for step in range(steps):
-        row, col, inside = _tile((program * steps + step) * ROWS, rows, cols, ROWS, BLOCK)
-        values = tl.load(x + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
-        gradient = tl.load(dout + row * dout_stride + col, mask=inside, other=0.0).to(tl.float32)
-        distance, inverse = _moments(values, inside, cols, epsilon)
-        y = distance * inverse
-        if SUMS:
-            at = sums + 2 * program * cols + tl.arange(0, BLOCK)
-            exists = tl.arange(0, BLOCK) < cols
-            later = exists & (step > 0)
-            along = tl.sum(gradient * y, 0) + tl.load(at, mask=later, other=0.0)
-            plain = tl.sum(gradient, 0) + tl.load(at + cols, mask=later, other=0.0)
-            tl.store(at, along, mask=exists)
-            tl.store(at + cols, plain, mask=exists)
-        gradient *= tl.load(scale + col, mask=col < cols, other=0.0)
-        level = (tl.sum(gradient, 1) / cols)[:, None]
-        slope = (tl.sum(gradient * y, 1) / cols)[:, None]
-        result = (gradient - level - y * slope) * inverse
-        tl.store(dx + row * dx_stride + col, result.to(dx.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _activation(x, KIND: tl.constexpr):
     """The activation's value, and its derivative."""
     if KIND == "gelu":

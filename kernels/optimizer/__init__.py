@@ -68,7 +68,7 @@ class FusedAdamW(OptimizerWithStates):
             remainder of the old one, which is at most half a unit of its last place.
         moments: "fp32", "bf16" or "int8". 8-bit moments share a float32 scale in blocks of 256:
             m = sign * (code / 127)^2 * scale, v = (code / 255)^4 * scale. A v above zero never
-            rounds to zero.
+            rounds to zero. One draw rounds the weight and both codes of an element.
         average_decay: keep ``state[p]["average"]`` in float32: 0 <= decay < 1, or "mean" for the
             mean of all weights. It begins as the first updated weight. None: no average.
         max_norm: clip the norm of all gradients together. The norm is computed before the update,

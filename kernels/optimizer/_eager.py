@@ -41,7 +41,12 @@ def adamw(step: Step, k: int) -> bool:
     if step.stochastic:
         bits, moment_bits = random_bits(len(weight), step.keys[k], weight.device, step.firsts[k])
     _store_weight(w, weight, master, bits)
-    _store_moments((m, v), (exp_avg, exp_avg_sq), scales, moment_bits)
+    if scales:
+        encode(m, exp_avg, scales[0], second=False, bits=bits)
+        encode(v, exp_avg_sq, scales[1], second=True, bits=bits)
+    else:  # the first is rounded with the high 16 bits, the second with the low ones
+        _store(m, exp_avg, None if moment_bits is None else moment_bits >> 16)
+        _store(v, exp_avg_sq, None if moment_bits is None else moment_bits & 0xFFFF)
     if average is not None:
         average += (full_weight(weight, master) - average) * average_weight
     if step.zero_grad:
@@ -104,23 +109,6 @@ def _store_weight(w: Tensor, weight: Tensor, master: Tensor | None, bits: Tensor
         master.copy_(raw >> 8 if master.dtype == torch.int8 else raw)
 
 
-def _store_moments(
-    values: tuple[Tensor, Tensor],
-    moments: tuple[Tensor, Tensor],
-    scales: Sequence[Tensor],
-    bits: Tensor | None,
-) -> None:
-    """Writes both moments; the first is rounded with the high 16 bits, the second with the low."""
-    high = None if bits is None else bits >> 16
-    low = None if bits is None else bits & 0xFFFF
-    if scales:
-        encode(values[0], moments[0], scales[0], second=False, bits=high)
-        encode(values[1], moments[1], scales[1], second=True, bits=low)
-    else:
-        _store(values[0], moments[0], high)
-        _store(values[1], moments[1], low)
-
-
 def _store(values: Tensor, out: Tensor, bits16: Tensor | None) -> None:
     if out.dtype == torch.bfloat16 and bits16 is not None:
         values = stochastic_bf16(values, bits16)
@@ -145,7 +133,7 @@ def _with_random(values: Tensor, random: Tensor) -> Tensor:
 def random_bits(
     count: int, key: int, device: torch.device | None = None, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Random bits for weights and for moments: two [count] int64 below 2^32.
+    """Random bits for weights and 8-bit moments, and for bf16 moments: [count] int64 below 2^32.
 
     They are of the elements ``first``, ``first`` + 1, ... of one step of one parameter, whose
     64-bit key this is. Two rounds of a hash: the first of the element's place in its 1024, the
@@ -173,12 +161,13 @@ def _second_round(x: Tensor) -> Tensor:
 def decoded(codes: Tensor, scale: Tensor, *, second: bool) -> Tensor:
     """8-bit moments as float32.
 
-    A first moment is sign * (code / 127)^2 * scale, a second moment (code / 255)^4 * scale.
+    A first moment is sign * (code / 127)^2 * scale, a second moment (code / 255)^4 * scale. Both
+    are squares of a code, or of a code's square, times the root of the scale.
     """
     code = codes.float()
-    square = code * code if second else code * code.abs()
-    share = square * square * (1 / 255**4) if second else square * (1 / 127**2)
-    return share * scale.repeat_interleave(BLOCK)[: len(codes)]
+    unit = _sqrt(scale) / (255.0**2 if second else 127.0)
+    root = (code * code if second else code) * unit.repeat_interleave(BLOCK)[: len(codes)]
+    return root * root.abs()
 
 
 def encode(
@@ -186,42 +175,42 @@ def encode(
 ) -> None:
     """Writes codes, and for every 256 values their scale, which is the largest absolute value.
 
-    With ``bits`` (random, below 2^16) rounding is unbiased in the value, else to nearest. A second
-    moment above zero keeps a code above zero: zero would divide the step by epsilon only.
+    The code is round(sqrt(s + h^2 - 1/4) + h) of a first moment and
+    round(sqrt(sqrt(s) + 3 (h^2 - 1/4)) + h) of a second one: s is the value in units of the
+    smallest code's, and h is 0, or with ``bits`` (random, below 2^32) even between -1/2 and 1/2.
+    With h = 1/2 - u the code lies above k where s > k^2 + u ((k + 1)^2 - k^2): rounding is unbiased
+    in the value, or to nearest. For fourth powers this holds up to 0.1 / k^2 of the step from k to
+    k + 1. A second moment above zero keeps a code above zero: zero would divide the step by epsilon
+    only.
     """
-    steps, power = (255, 4) if second else (127, 2)
+    steps = 255 if second else 127
     rows = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
     top = rows.abs().amax(1)  # NaN if one is
     usable = (top >= _TINY) & (top <= _HUGE)
     divisor = torch.where(usable, top, 1.0)
-    lift = torch.where(divisor < 2.0**-80, 2.0**64, 1.0)  # else the factor could be infinite
-    factor = torch.tensor(float(steps**power)) / (divisor * lift)
-    scaled = rows.abs() * lift[:, None] * factor[:, None]
+    shift = _code_shift(bits, len(values))
+    square = shift * shift - 0.25
     if second:
-        root_factor = torch.tensor(float(steps**2)) / _sqrt(divisor)
-        root = _sqrt(_sqrt(rows) * root_factor[:, None])
+        factor = torch.tensor(float(steps**2)) / _sqrt(divisor)
+        square = _sqrt(rows) * factor[:, None] + 3.0 * square
     else:
-        root = _sqrt(scaled)
-    low = torch.where(root < steps - 1, root, steps - 1.0).trunc()
-    below = _power(low, power)
-    gap = _power(low + 1, power) - below
-    draw: Tensor | float = 0x8000
-    if bits is not None:
-        draw = F.pad(bits, (0, -len(bits) % BLOCK)).view(-1, BLOCK).float()
-    code = low + (draw * (gap * 2.0**-16) < scaled - below)
-    if second:
-        code = torch.where((code == 0) & (scaled > 0), 1.0, code)
-    else:
-        code = torch.where(rows < 0, -code, code)
+        lift = torch.where(divisor < 2.0**-80, 2.0**64, 1.0)  # else the factor could be infinite
+        factor = torch.tensor(float(steps**2)) / (divisor * lift)
+        square = rows.abs() * lift[:, None] * factor[:, None] + square
+    code = (_sqrt(square.clamp(min=0)) + shift).round().clamp(max=steps)
+    code = torch.maximum(code, (rows > 0).float()) if second else torch.copysign(code, rows)
     tiny = top < 1
     code = torch.where(usable[:, None], code, torch.where(tiny, 0.0, float(steps))[:, None])
     scale.copy_(torch.where(~usable & tiny, 0.0, top))
     codes.copy_(code.view(-1)[: len(values)].to(codes.dtype))
 
 
-def _power(x: Tensor, power: int) -> Tensor:
-    square = x * x
-    return square * square if power == 4 else square
+def _code_shift(bits: Tensor | None, count: int) -> Tensor:
+    """Odd multiples of 2^-17 between -1/2 and 1/2, from the high 16 bits: [blocks, 256] or zero."""
+    if bits is None:
+        return torch.zeros(())
+    signed = (bits >> 16) - (bits >> 31) * 65536
+    return F.pad((2 * signed + 1).float() * 2.0**-17, (0, -count % BLOCK)).view(-1, BLOCK)
 
 
 def _sqrt(x: Tensor) -> Tensor:

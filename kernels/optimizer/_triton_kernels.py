@@ -12,6 +12,7 @@ from merit_fast.kernels._tables import pointer_to, tensor_of_block
 from merit_fast.kernels.optimizer._triton_numbers import (
     RANDOM_BLOCK,
     block_keys,
+    code_shift,
     first_round,
     load,
     load_codes,
@@ -87,20 +88,19 @@ def _load_weight(weight, master, won, index, inside, KINDS: tl.constexpr, FULL: 
 @triton.jit
 def _store_moments(
     first, second, first_scale, second_scale, index, row, inside, full_row, m, v, bits,
-    KINDS: tl.constexpr, FULL: tl.constexpr,
+    weight_bits, KINDS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     ALIGNED: tl.constexpr = KINDS[0]
     MOMENTS: tl.constexpr = KINDS[3]
     STOCHASTIC: tl.constexpr = KINDS[6]
     if MOMENTS == 2:
+        shift = code_shift(weight_bits) if STOCHASTIC else tl.zeros(m.shape, tl.float32)
         store_codes(
-            first, first_scale, index, row, inside, full_row, m, bits >> 16,
-            False, STOCHASTIC, ALIGNED, FULL,
-        )  # fmt: skip
+            first, first_scale, index, row, inside, full_row, m, shift, False, ALIGNED, FULL
+        )
         store_codes(
-            second, second_scale, index, row, inside, full_row, v, bits & 0xFFFF,
-            True, STOCHASTIC, ALIGNED, FULL,
-        )  # fmt: skip
+            second, second_scale, index, row, inside, full_row, v, shift, True, ALIGNED, FULL
+        )
     elif MOMENTS == 1:
         store_bf16(first, index, inside, m, bits >> 16, STOCHASTIC, ALIGNED, FULL)
         store_bf16(second, index, inside, v, bits & 0xFFFF, STOCHASTIC, ALIGNED, FULL)
@@ -188,12 +188,12 @@ def _update(
     next_weight_key, next_moment_key = block_keys(block + 1, key)
     place = index + tl.load(column + FIRST * count)
     shared = first_round(place, key)
-    bits = random_bits(shared, place, block, moment_key, next_moment_key)
-    _store_moments(
-        first, second, first_scale, second_scale, index, row, inside, full_row, m, v, bits,
-        KINDS, FULL,
-    )  # fmt: skip
     bits = random_bits(shared, place, block, weight_key, next_weight_key)
+    moment_bits = random_bits(shared, place, block, moment_key, next_moment_key)
+    _store_moments(
+        first, second, first_scale, second_scale, index, row, inside, full_row, m, v, moment_bits,
+        bits, KINDS, FULL,
+    )  # fmt: skip
     w = _store_weight(weight, master, index, inside, w, bits, KINDS, FULL)
     if KINDS[5]:
         average = pointer_to(tl.load(column + AVERAGE * count), tl.float32, ALIGNED) + index

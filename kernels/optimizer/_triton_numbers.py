@@ -11,9 +11,6 @@ import triton.language as tl
 
 from merit_fast.kernels._tables import pointer_to
 
-# Values of the smallest codes, as shares of a block's scale.
-_FIRST = tl.constexpr(1 / 127**2)
-_SECOND = tl.constexpr(1 / 255**4)
 RANDOM_BLOCK = tl.constexpr(1024)  # elements whose random bits share a key
 
 
@@ -120,54 +117,51 @@ def random_bits(shared, place, block, block_key, next_key):
 
 
 @triton.jit
-def _power(x, SECOND: tl.constexpr):
-    square = x * x
-    return square * square if SECOND else square
-
-
-@triton.jit
 def load_codes(
     address, scale_address, index, row, inside, full_row,
     SECOND: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """8-bit moments as float32; ``SECOND``: second moments."""
     TYPE: tl.constexpr = tl.uint8 if SECOND else tl.int8
+    STEPS: tl.constexpr = 255.0**2 if SECOND else 127.0
     code = read(pointer_to(address, TYPE, ALIGNED) + index, inside, FULL).to(tl.float32)
     scale = tl.load(pointer_to(scale_address, tl.float32, False) + row, mask=full_row, other=0.0)
-    square = code * code if SECOND else code * tl.abs(code)
-    share = square * square * _SECOND if SECOND else square * _FIRST
-    return share * scale[:, None]
+    unit = tl.div_rn(tl.sqrt_rn(scale), tl.full(scale.shape, STEPS, tl.float32))
+    root = (code * code if SECOND else code) * unit[:, None]
+    return root * tl.abs(root)
+
+
+@triton.jit
+def code_shift(random):
+    """The rounding of a code from the high 16 bits: odd multiples of 2^-17 in (-1/2, 1/2)."""
+    bits = (random & 0xFFFF0000) | 0x8000
+    return bits.to(tl.int32, bitcast=True).to(tl.float32) * (1.0 / 4294967296)
 
 
 @triton.jit
 def store_codes(
-    address, scale_address, index, row, inside, full_row, value, random16,
-    SECOND: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+    address, scale_address, index, row, inside, full_row, value, shift,
+    SECOND: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Writes codes and scales of moments, as ``_eager.encode`` does."""
     STEPS: tl.constexpr = 255.0 if SECOND else 127.0
-    MOST: tl.constexpr = 255.0**4 if SECOND else 127.0**2
     bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     size = bits.to(tl.float32, bitcast=True)
     top = tl.max(tl.where(inside, bits, 0), axis=1).to(tl.float32, bitcast=True)
     usable = (top >= 1.17549435e-38) & (top <= 3.40282347e38)
     divisor = tl.where(usable, top, 1.0)
-    lift = tl.where(divisor < 2.0**-80, 2.0**64, 1.0)  # else the factor could be infinite
-    factor = tl.div_rn(tl.full(top.shape, MOST, tl.float32), divisor * lift)
-    scaled = size * lift[:, None] * factor[:, None]
+    most = tl.full(top.shape, STEPS * STEPS, tl.float32)
+    square = shift * shift - 0.25
     if SECOND:
-        most_root = tl.full(top.shape, STEPS * STEPS, tl.float32)
-        root_factor = tl.div_rn(most_root, tl.sqrt_rn(divisor))
-        root = tl.sqrt_rn(tl.sqrt_rn(size) * root_factor[:, None])
+        square = tl.sqrt_rn(size) * tl.div_rn(most, tl.sqrt_rn(divisor))[:, None] + 3.0 * square
     else:
-        root = tl.sqrt_rn(scaled)
-    whole = tl.where(root < STEPS - 1, root, STEPS - 1).to(tl.int32).to(tl.float32)
-    below = _power(whole, SECOND)
-    gap = (_power(whole + 1, SECOND) - below) * (1.0 / 65536)
-    draw = random16.to(tl.int32).to(tl.float32) if STOCHASTIC else 32768.0
-    code = whole + tl.where(draw * gap < scaled - below, 1.0, 0.0)
+        lift = tl.where(divisor < 2.0**-80, 2.0**64, 1.0)  # else the factor could be infinite
+        square = size * lift[:, None] * tl.div_rn(most, divisor * lift)[:, None] + square
+    root = tl.sqrt_rn(tl.where(square > 0, square, 0.0))
+    code = ((root + shift) + 12582912.0) - 12582912.0  # the nearest whole number
+    code = tl.where(code < STEPS, code, STEPS)
     if SECOND:
-        code = tl.where((code == 0) & (scaled > 0), 1.0, code)
+        code = tl.where((code == 0) & (size > 0), 1.0, code)
     else:
         code = tl.where(value < 0, -code, code)
     code = tl.where(usable[:, None], code, tl.where(top < 1, 0.0, STEPS)[:, None])

@@ -1,7 +1,6 @@
 """Paths of a run's outputs, and the fingerprints that show whether they are current.
 
-A stage's fingerprint covers its options and its inputs. So config and files decide which stages
-have work to do, before anything heavy is imported.
+A stage's fingerprint covers its options and its inputs. To compare them imports nothing heavy.
 """
 
 import functools
@@ -59,6 +58,7 @@ class Outputs:
         self.command = command
         self.store = store
         self.root = Path(config.output)
+        self.title = store.place.name if store else self.root.name  # the same on every machine
         self.base = resolve_model(config.model)
         self.records = Records(self.root, verify)
         self.shard = config.train.shard  # "auto" until the processes of a training settle it
@@ -277,7 +277,8 @@ class Outputs:
         """The report of everything that is there: the split, and later results if up to date."""
         inputs = {"split": self.split.fingerprint}
         inputs |= {stage.name: manifest.fingerprint for stage, manifest in self.reported.items()}
-        return stage_manifest(REPORT.name, report_options(self.config, self.plan.notes), inputs)
+        options = report_options(self.config, self.title, self.plan.notes)
+        return stage_manifest(REPORT.name, options, inputs)
 
     @property
     def reported(self) -> dict[Stage, StageManifest]:
@@ -285,8 +286,7 @@ class Outputs:
         results = {EVALUATE: self.evaluate}
         if self.config.evaluate.audit:
             results[AUDIT] = self.audit
-        pairs = results.items()
-        return {key: own for key, own in pairs if self.is_finished(self.folder(key), own)}
+        return {s: m for s, m in results.items() if self.is_finished(self.folder(s), m)}
 
     def _merges_of(self, names: Iterable[str]) -> dict[str, str]:
         return {name: self.merge(name).fingerprint for name in names}

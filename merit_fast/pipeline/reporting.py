@@ -25,7 +25,7 @@ class AuditOptions:
     audit_points: int
 
 
-def report_options(config: RunConfig, plan_notes: tuple[str, ...]) -> ReportOptions:
+def report_options(config: RunConfig, title: str, plan_notes: tuple[str, ...]) -> ReportOptions:
     """Options of the run's report page; ``plan_notes`` tell which arms are absent."""
     split = config.split
     train = config.train
@@ -38,7 +38,7 @@ def report_options(config: RunConfig, plan_notes: tuple[str, ...]) -> ReportOpti
         f"seeds: split {split.seed}, train {_train_seeds(train)}",
         *plan_notes,
     )
-    return ReportOptions(Path(config.output).name, notes, config.evaluate.audit)
+    return ReportOptions(title, notes, config.evaluate.audit)
 
 
 def _train_seeds(train: TrainConfig) -> str:

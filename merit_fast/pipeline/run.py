@@ -5,6 +5,7 @@ Stages meet only in files; ``outputs`` knows their paths and when they are up to
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 from merit_fast.errors import InputError
 from merit_fast.manifests.io import StageManifest, read_manifest
 from merit_fast.manifests.schemas import EvaluateManifest
-from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT, STAGES, Stage
+from merit_fast.manifests.stages import (
+    AUDIT,
+    EVALUATE,
+    REPORT,
+    SKETCH,
+    SPLIT,
+    STAGES,
+    Stage,
+)
 from merit_fast.options.parser import to_plain
 from merit_fast.pipeline.arms import Branch
 from merit_fast.pipeline.branches import adopt_branches, follow_leader
@@ -59,10 +68,8 @@ class Run:
         self.config = self.outputs.config
         self.data = RunData(self.outputs, self.progress, writes=not dry_run)
         self.work = Work(self.outputs, self.data, self.progress)
-        if config.threads is not None:
-            import torch
-
-            torch.set_num_threads(config.threads)
+        if "torch" in sys.modules:
+            self.work.set_threads()
 
     # ---- stages
     def sketch(self) -> bool:
@@ -115,6 +122,7 @@ class Run:
         with joined_ranks() as ranks:
             self._settle_shard(ranks)
             if not ranks.leads:
+                self.work.set_threads()
                 follow_leader(self.outputs, self.data, ranks)
                 return False
             worked = self._train_all(ranks, only)
@@ -198,6 +206,7 @@ class Run:
         """
         from merit_fast.pipeline.preflight.checks import check_stages
 
+        self.work.set_threads()
         check_stages(self.outputs, self.data, stages)
 
     def all(self) -> dict[str, Any]:
@@ -253,6 +262,7 @@ class Run:
         """Fills ``path`` by ``work`` unless it is up to date; the rule of every stage."""
 
         def work_and_config(directory: Path) -> None:
+            self.work.set_threads(manifest.stage)
             work(directory)
             write_run_config(self.config, directory / "config.yml")
 

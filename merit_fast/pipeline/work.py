@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from merit_fast.manifests.directories import take_files
 from merit_fast.manifests.io import read_manifest, write_manifest
 from merit_fast.manifests.schemas import AuditManifest, EvaluateManifest
-from merit_fast.manifests.stages import AUDIT, EVALUATE, REPORT, SKETCH, SPLIT
+from merit_fast.manifests.stages import AUDIT, EVALUATE, MERGE, REPORT, SKETCH, SPLIT
 from merit_fast.pipeline.arms import Branch
 from merit_fast.pipeline.branches import train_planned
 from merit_fast.pipeline.data import RunData
@@ -41,6 +41,19 @@ class Work:
         self.data = data
         self.progress = progress
         self._noted: set[str] = set()  # notes of train that this run has shown
+
+    def set_threads(self, stage: str = "") -> None:
+        """Gives torch its number of threads; it takes seconds to load, so only where it computes.
+
+        ``stage``: the one that is about to work; a report or a merge that is not tuned has no use
+        for torch.
+        """
+        config = self.outputs.config
+        is_light = stage == REPORT.name or (stage == MERGE.name and not config.merge.is_tuned)
+        if config.threads is not None and not is_light:
+            import torch
+
+            torch.set_num_threads(config.threads)
 
     def sketch(
         self,
@@ -169,7 +182,7 @@ class Work:
         from merit_fast.sketch.mixture.reuse import read_check
 
         outputs = self.outputs
-        options = report_options(outputs.config, outputs.plan.notes)
+        options = report_options(outputs.config, outputs.title, outputs.plan.notes)
         reported = outputs.reported
         evaluation = None
         audit = None

@@ -122,6 +122,7 @@ class GradientSketcher:
             weight=weight,
         )
         self._passes.max_side = collect_side
+        self._passes.slices.require_plain(self.preconditioner.kind or collect_side, check)
         self._restore: list[Callable[[], object]] = []
 
     @property
@@ -205,11 +206,7 @@ class GradientSketcher:
         self._passes.discard()
 
     def take(self, *, row_examples: Sequence[int] | None = None) -> Tensor:
-        """Returns the last backward pass's sketches [B, D] float32; leaves ``state`` as it is.
-
-        Args:
-            row_examples: as for ``update``.
-        """
+        """Returns the last backward pass's sketches [B, D] float32 without adding them."""
         return self._take(row_examples, ()).whole
 
     def _take(self, row_examples: Sequence[int] | None, tokens: Sequence[int]) -> Sketches:
@@ -287,6 +284,7 @@ class GradientSketcher:
 
         Raises MeritFastError if there is no process group, or models or parameters differ.
         """
+        self._passes.slices.require_own(group)
         parts = {part: summed_states(states, group) for part, states in self.part_state.items()}
         return summed_states(self.state, group), parts
 

@@ -7,7 +7,7 @@ from torch.func import jvp
 
 from merit_fast.kernels import dispatch
 from merit_fast.kernels.cross_entropy import linear_cross_entropy, linear_token_statistics
-from merit_fast.kernels.layers import add_rms_norm, geglu, layer_norm, rms_norm, rope, swiglu
+from merit_fast.kernels.layers import add_rms_norm, geglu, rms_norm, rope, swiglu
 
 LABELS = torch.tensor([1, 0, -100, 4])
 ANGLES = torch.linspace(0, 3, 24).view(1, 3, 8)
@@ -33,7 +33,6 @@ def log_probs(x, weight, **options):
 FUNCTIONS = {
     "rms_norm": (lambda x, w, **o: rms_norm(x, w, 1e-6, **o), (4, 8), (8,)),
     "add_rms_norm": (norm_of_sum, (4, 8), (4, 8)),
-    "layer_norm": (lambda x, w, **o: layer_norm(x, w, None, 1e-5, **o), (4, 8), (8,)),
     "swiglu": (swiglu, (4, 8), (4, 8)),
     "swiglu of one": (lambda x, y, **o: swiglu(torch.cat([x, y], -1), **o), (4, 8), (4, 8)),
     "geglu": (geglu, (4, 8), (4, 8)),

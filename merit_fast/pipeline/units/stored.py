@@ -91,7 +91,7 @@ def _reads_start(unit: Unit, outputs: Outputs) -> bool:
     if unit.stage == TRAIN.name:
         return outputs.branches[unit.item].start != "base"
     if unit.stage == EVALUATE.name:  # an adapter is loaded on its start
-        return outputs.config.train.adapter.is_on
+        return outputs.config.train.adapter.is_on and unit.item in outputs.branches
     return unit.stage in (MERGE.name, AUDIT.name)
 
 

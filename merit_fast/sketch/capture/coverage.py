@@ -17,6 +17,7 @@ from merit_fast.sketch.capture.experts import (
 )
 from merit_fast.sketch.capture.layout import Pass, Site
 from merit_fast.sketch.capture.norms import epsilon_of_rms_norm, unit_of_affine
+from merit_fast.sketch.divided.tensor_parallel import LocalPart, counts_once
 from merit_fast.sketch.divided.wrapping import own_forward
 
 _WEIGHT_AND_BIAS = frozenset({"weight", "bias"})
@@ -149,10 +150,18 @@ def _affine_cover(site: Site) -> Cover | None:
 
 
 def linear_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
-    (dy, x), offsets = run.divide(site, dy, x)
-    if name := site.owned.get("weight"):
-        run.add_product(name, dy, x, offsets)
-    sketch_bias(site, run, dy, offsets)
+    """Sketches dy^T x; under tensor parallelism the slice of it that this process has."""
+    rows = LocalPart.of(dy)
+    columns = LocalPart.of(x)
+    is_counted = counts_once(dy) or not (rows.is_whole and columns.is_whole)
+    (dy_part, x_part), offsets = run.divide(site, rows.values, columns.values)
+    name = site.owned.get("weight")
+    if name and is_counted:
+        slice_ = (rows.first, columns.first, columns.width)
+        run.add_product(name, dy_part, x_part, offsets, place=slice_)
+    if counts_once(dy) or not rows.is_whole:
+        (dy_whole,), _ = run.divide(site, rows.padded())
+        sketch_bias(site, run, dy_whole, offsets)
 
 
 def conv1d_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
@@ -166,6 +175,12 @@ def conv1d_backward(site: Site, run: Pass, dy: Tensor, x: Tensor) -> None:
 def embedding_backward(
     site: Site, run: Pass, dy: Tensor, token_ids: Tensor, padding_idx: int | None = None
 ) -> None:
+    if hasattr(dy, "device_mesh"):
+        part = LocalPart.of(dy)
+        if part.is_whole and not counts_once(dy):
+            return
+        dy = part.padded()
+        token_ids = LocalPart.of(token_ids).values
     (dy, ids), offsets = run.divide(site, dy, token_ids.unsqueeze(-1))
     ids = ids.squeeze(-1).long()
     if padding_idx is not None:  # torch gives this row no gradient

@@ -40,13 +40,13 @@ class ModuleTaps:
     all other uses of a parameter a backward pass per example runs through its module.
 
     Args:
-        names: id of every sketched parameter -> its name.
+        names: id of every sketched parameter -> its name; ``slow``: those that are not tapped.
         refuse: called where no tap can cover the parameters of a site.
-        slow: names of parameters that are not to be tapped.
 
     Attributes:
         run: the forward pass whose sketches are not taken yet.
         covered: name -> how many modules that run now are known to use the parameter.
+        elsewhere: parameters that another process counts.
         require_here: called with every module that runs and the parameters of its site.
     """
 
@@ -65,6 +65,7 @@ class ModuleTaps:
         self.covered = Counter[str]()
         self.towers = find_towers(model)
         self.anchor = torch.zeros(0, requires_grad=True)
+        self.elsewhere: Collection[str] = ()
         self.require_here: Callable[[nn.Module, Mapping[str, str]], None] = lambda *site: None
         self.sites = self._sites()
         self._covers = [(site, self._cover(site)) for site in self.sites]
@@ -278,7 +279,7 @@ class ModuleTaps:
             run.fired = True
         elif extra.run is not run or extra.target is None:
             return
-        live = site.without(self.slow)
+        live = site.without([*self.slow, *self.elsewhere])
         if not live.owned:
             return
         try:
@@ -292,9 +293,8 @@ class ModuleTaps:
 
     @contextmanager
     def _covering(self, site: Site) -> Iterator[None]:
-        names = list(site.owned.values())
-        self.covered.update(names)
+        self.covered.update(site.owned.values())
         try:
             yield
         finally:
-            self.covered.subtract(names)
+            self.covered.subtract(site.owned.values())

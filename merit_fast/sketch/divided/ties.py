@@ -37,8 +37,10 @@ def require_known_ties(model: nn.Module, ties: Mapping[str, str]) -> None:
     """Checks that no two offloaded matrices may be one parameter unknown to ``ties``.
 
     Raises:
-        MeritFastError: two that are not constant have equal values.
+        MeritFastError: two that are not constant have equal values, or tensor parallelism has made
+            two of one.
     """
+    _require_kept_ties(model)
     firsts: dict[tuple[Any, ...], str] = {}
     for name, place in _offloaded({place.name: place for place in places_of(model)}).items():
         key = _probed(place)
@@ -50,6 +52,18 @@ def require_known_ties(model: nn.Module, ties: Mapping[str, str]) -> None:
                 "values, and the model does not list whether they are one; load it into memory"
             )
         firsts[key] = name
+
+
+def _require_kept_ties(model: nn.Module) -> None:
+    places = {place.name: place for place in places_of(model)}
+    for pair in _listed_ties(model).items():
+        found = [places[name] for name in map(canonical_name, pair) if name in places]
+        parameters = {id(place.parameter): place for place in found}
+        if len(parameters) > 1 and any(hasattr(p.parameter, "device_mesh") for p in found):
+            raise MeritFastError(
+                f"sketch_gradients: parameters {found[0].name} and {found[1].name} are one in the "
+                "model, but tensor parallelism has made two of it"
+            )
 
 
 def _offloaded(places: Mapping[str, Place]) -> dict[str, Place]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from merit_fast.errors import MeritFastError
-from merit_fast.kernels.sketch import CountSketch
+from merit_fast.kernels.sketch import CountSketch, matrix_shape
 from merit_fast.sketch.capture.layout import Pass
-from merit_fast.sketch.precondition import Preconditioner
+from merit_fast.sketch.precondition import FactorSums, Preconditioner
 
 
 def source_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -48,6 +48,16 @@ def begin_pass(
         cu_seqlens = cu_seqlens.to(source.device, torch.int64)
     ids = source if not source.is_floating_point() else None
     return Pass(sketch, preconditioner, size, tokens, cu_seqlens, ids, part_of=part_of)
+
+
+def collect_moments(
+    run: Pass, parameters: Mapping[str, nn.Parameter], max_side: int, is_sketched: bool
+) -> None:
+    """Lets a pass collect the second moments of its gradients, and sketch them or not."""
+    shapes = {name: matrix_shape(parameter.shape) for name, parameter in parameters.items()}
+    run.collect = FactorSums(shapes, max_side)
+    run.collect.examples = run.size
+    run.is_sketched = is_sketched
 
 
 def sizes_of(model: nn.Module) -> frozenset[int]:

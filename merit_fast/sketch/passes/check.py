@@ -9,6 +9,7 @@ from torch import Tensor
 
 from merit_fast.kernels.sketch import CountSketch
 from merit_fast.sketch.capture.layout import Pass
+from merit_fast.sketch.divided.tensor_parallel import Slices
 from merit_fast.sketch.precondition.example_sketches import add_multiplied, side_multiplied
 
 # Width of the sketches that are compared parameter by parameter.
@@ -72,6 +73,7 @@ class Comparison:
     Attributes:
         whole: sketch width of the states, for the totals.
         taps: what the taps give, apart by parameter.
+        slices: the processes whose taps add up.
         exact: name -> [1, D'] sketch of the parameter's gradient.
         total: [1, D] sketch of the gradient of all parameters.
         square: |gradient of all parameters|^2, before any preconditioner.
@@ -79,14 +81,15 @@ class Comparison:
 
     whole: Pass
     taps: Pass
+    slices: Slices
     exact: dict[str, Tensor] = field(default_factory=dict)
     total: Tensor | None = None
     square: float = 0.0
 
     @classmethod
-    def of(cls, run: Pass) -> "Comparison":
+    def of(cls, run: Pass, slices: Slices) -> "Comparison":
         narrow = CountSketch(min(_NARROW, run.sketch.proj_dim), run.sketch.seed)
-        return cls(run, run.apart_at(narrow))
+        return cls(run, run.apart_at(narrow), slices)
 
     def clear(self) -> None:
         self.taps.outs.clear()
@@ -131,10 +134,13 @@ class Comparison:
             value = out.cpu().double()
             found[name] = found[name] + value if name in found else value
         result = {}
-        for name in found.keys() | self.exact.keys():
+        # Every process sums the same parameters in the same order.
+        names = sorted(self.exact) if self.slices.is_divided else found.keys() | self.exact.keys()
+        for name in names:
             zeros = torch.zeros(self.taps.size, self.taps.sketch.proj_dim, dtype=torch.float64)
-            sketches = found.get(name, zeros)
+            sketches = self.slices.summed(found.get(name, zeros))
             exact = self.exact.get(name, zeros[:1]).cpu().double()
+            self.slices.require_alike(name, exact)
             if example is None:
                 difference = sketches.sum(0, keepdim=True) - exact
             else:

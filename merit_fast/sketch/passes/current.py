@@ -15,6 +15,7 @@ from merit_fast.manifests.sketch_check import SketchCheck
 from merit_fast.sketch.capture.layout import Pass, Refusal
 from merit_fast.sketch.capture.taps import ExtraPass, entered, extra_pass
 from merit_fast.sketch.divided.lockstep import Lockstep
+from merit_fast.sketch.divided.tensor_parallel import Slices
 from merit_fast.sketch.passes.check import (
     Comparison,
     Tolerance,
@@ -50,6 +51,7 @@ class CurrentPass:
         autocast: the forward pass runs under autocast.
         lockstep: the processes that must run the same backward passes.
         most_examples: of a process's pass, among these.
+        slices: the processes that have slices of the parameters.
         deferred: an error of the backward pass, which ends first where others take part in it.
     """
 
@@ -71,6 +73,7 @@ class CurrentPass:
     autocast: bool = False
     lockstep: Lockstep = field(default_factory=lambda: Lockstep(()))
     most_examples: int = 0
+    slices: Slices = field(default_factory=lambda: Slices(nn.Module(), {}))
     deferred: MeritFastError | None = None
 
     @contextmanager
@@ -85,13 +88,13 @@ class CurrentPass:
 
     def compare(self) -> None:
         """Lets the pass be checked."""
-        self.row = Comparison.of(self.run)
-        self.sums = Comparison.of(self.run)
+        self.row = Comparison.of(self.run, self.slices)
+        self.sums = Comparison.of(self.run, self.slices)
         self.run.also.append(self.sums.taps)
 
     def unfreeze(self, parameters: Mapping[str, nn.Parameter]) -> None:
         if parameters:
-            self.weights = UnfrozenWeights(parameters, self._receive)
+            self.weights = UnfrozenWeights(parameters, self._receive, self.slices.is_divided)
 
     def without_gradient(self) -> set[str]:
         """Parameters to which autograd gave no gradient; none if it was not asked for all."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from merit_fast.errors import InputError, show
 from merit_fast.sketch.capture.layout import Pass
 from merit_fast.sketch.config import check_parts
+from merit_fast.sketch.divided.tensor_parallel import Slices
 from merit_fast.sketch.precondition.example_sketches import REST
 
 
@@ -94,6 +95,11 @@ class Sketches:
             whole += sums[part].to(whole.device)
         absent = [part for part in parts if part not in sums]  # no gradient reached them
         return cls(whole, sums | {part: torch.zeros_like(whole) for part in absent})
+
+    def summed(self, slices: Slices) -> "Sketches":
+        """The sums over the processes of tensor parallelism."""
+        parts = {part: slices.summed(self.parts[part]) for part in sorted(self.parts)}
+        return Sketches(slices.summed(self.whole), parts)
 
     def cpu(self) -> "Sketches":
         return Sketches(self.whole.cpu(), {p: rows.cpu() for p, rows in self.parts.items()})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from merit_fast.errors import MeritFastError
-from merit_fast.kernels.sketch import CountSketch, matrix_shape
+from merit_fast.kernels.sketch import CountSketch
 from merit_fast.manifests.sketch_check import SketchCheck
 from merit_fast.manifests.sketch_state import Weight
 from merit_fast.sketch.capture.hooks import ModuleTaps
@@ -20,13 +20,14 @@ from merit_fast.sketch.capture.trees import map_tensors, tensors_of
 from merit_fast.sketch.capture.uses import UseAudit
 from merit_fast.sketch.divided.arrivals import Arrivals, names_of_ids
 from merit_fast.sketch.divided.lockstep import Lockstep
+from merit_fast.sketch.divided.tensor_parallel import Slices
 from merit_fast.sketch.divided.wrapping import submodule, wrap_forward
-from merit_fast.sketch.passes.begin import begin_pass, kind_of_call, sizes_of, source_of
+from merit_fast.sketch.passes import begin
 from merit_fast.sketch.passes.current import CurrentPass
 from merit_fast.sketch.passes.parts import Sketches, assign_parts
 from merit_fast.sketch.passes.refusals import Uncovered
 from merit_fast.sketch.passes.scale import output_names
-from merit_fast.sketch.precondition import FactorSums, Preconditioner
+from merit_fast.sketch.precondition import Preconditioner
 
 
 class SketchedPasses:
@@ -42,7 +43,7 @@ class SketchedPasses:
         part_of: parameter name -> its part of the model.
         packed: cu_seqlens of the next forward pass, if it is a packed row.
         uncovered: parameters with a backward pass per example.
-        lockstep: processes that have parts of the parameters.
+        lockstep, slices: processes that have parts of the parameters.
         result: of the self-check; None: no pass was checked.
         max_side: of the ``FactorSums`` that every pass collects; None: none collects, all sketch.
 
@@ -79,9 +80,11 @@ class SketchedPasses:
         self._arrivals = Arrivals(model, self._names, self._arrive)
         self.taps = ModuleTaps(model, self._names, self._refuse, self.uncovered.slow)
         self.taps.require_here = self._arrivals.require_here
+        self.slices = Slices(model, self._names)
+        self.taps.elsewhere = self.slices.elsewhere
         self._kinds: set[Hashable] = set()
         self._constant: set[str] = set()  # parameters that their modules use under no_grad only
-        self._sizes = sizes_of(model)
+        self._sizes = begin.sizes_of(model)
         self._undo: list[Callable[[], object]] = []
         self.uncovered.require_allowed()
 
@@ -163,7 +166,7 @@ class SketchedPasses:
                 "no_grad and never again: with reentrant checkpointing give use_reentrant=False; "
                 "else leave it out"
             )
-        sketches = Sketches.of(run, self.parts)
+        sketches = Sketches.of(run, self.parts).summed(self.slices)
         now.scale.check(row_examples, self.weight, num_target_tokens)
         found = now.check_sums(sketches.whole)
         if found is not None:
@@ -207,26 +210,23 @@ class SketchedPasses:
     def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CurrentPass:
         cu_seqlens = kwargs.get("cu_seq_lens_q") if self.packed is None else self.packed
         self.packed = None
-        source = source_of(args, kwargs)
-        run = begin_pass(self.sketch, self.preconditioner, self.part_of, source, cu_seqlens)
-        kind = kind_of_call(self.model, run, self._sizes, args, kwargs)
+        source = begin.source_of(args, kwargs)
+        run = begin.begin_pass(self.sketch, self.preconditioner, self.part_of, source, cu_seqlens)
+        kind = begin.kind_of_call(self.model, run, self._sizes, args, kwargs)
         states = self.lockstep.exchange((kind not in self._kinds, run.size))
         run.exploring = any(is_new for is_new, _ in states)
         run.trusts_check = self.check != "never"
         now = CurrentPass(run, kind, self.parameters, self.uncovered, self.taps.anchor)
-        now.lockstep = self.lockstep
+        now.lockstep, now.slices = self.lockstep, self.slices
         if self.lockstep.is_divided:
             now.most_examples = max(size for _, size in states)
             now.agree()
-        device = source_of(args, kwargs).device.type
+        device = begin.source_of(args, kwargs).device.type
         now.autocast = torch.is_autocast_enabled(device)
         if self.check == "always" or (self.check == "first" and run.exploring):
             now.compare()
         if self.max_side is not None:
-            shapes = {name: matrix_shape(p.shape) for name, p in self.parameters.items()}
-            run.collect = FactorSums(shapes, self.max_side)
-            run.collect.examples = run.size
-            run.is_sketched = now.sums is not None
+            begin.collect_moments(run, self.parameters, self.max_side, now.sums is not None)
         return now
 
     def _arrive(self, name: str, form: nn.Parameter) -> bool:
@@ -243,7 +243,7 @@ class SketchedPasses:
     def _check_images(self, run: Pass, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuses the parameters outside the decoder where images have no rows of examples."""
         pixels = kwargs.get("pixel_values")
-        is_source = pixels is source_of(args, kwargs)
+        is_source = pixels is begin.source_of(args, kwargs)
         if self.taps.towers or run.size == 1 or is_source or not isinstance(pixels, Tensor):
             return
         known: set[int] = set()

@@ -15,12 +15,18 @@ class UnfrozenWeights:
 
     A gradient is freed as soon as it was received, so at most one more weight is in memory.
 
+    Args:
+        slices: parameters that are DTensors are slices of tensor parallelism, and no shards.
+
     Attributes:
         parameters: by name.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], receive: Receive) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], receive: Receive, slices: bool = False
+    ) -> None:
         self.parameters = dict(parameters)
+        self._slices = slices
         self._forms: dict[int, tuple[str, nn.Parameter]] = {}
         self._receive = receive
         self._turned: list[nn.Parameter] = []
@@ -37,7 +43,7 @@ class UnfrozenWeights:
         if not form.requires_grad:
             form.requires_grad_(True)
             self._turned.append(form)
-        if is_away(form) or id(form) in self._forms:
+        if (is_away(form) and not self._slices) or id(form) in self._forms:
             return True
         self._forms[id(form)] = (name, form)
         hook = functools.partial(_hand_on, self._receive, name)
@@ -61,7 +67,8 @@ class UnfrozenWeights:
 
 def _hand_on(receive: Receive, name: str, gradient: Tensor | None) -> None:
     if gradient is not None:  # a part of the graph that nothing reached
-        receive(name, gradient)
+        divided: Any = gradient
+        receive(name, divided.full_tensor() if hasattr(divided, "full_tensor") else gradient)
 
 
 def _free(parameter: Tensor) -> None:

@@ -69,10 +69,12 @@ class ExampleSketches:
         right: Tensor,
         offsets: Tensor | None = None,
         part: int = 0,
+        place: tuple[int, int, int] | None = None,
     ) -> None:
         """Adds left^T right of every example: [B, T, r] and [B, T, C], or [N, ...] with offsets.
 
-        The parameter has the product as its rows from ``part`` r on.
+        The parameter has the product as its rows from ``part`` r on; ``place`` is first row, first
+        column and number of columns of a slice, which nothing multiplies.
         """
         if self.collect is not None:
             self.collect.add_product(name, left, right, part)
@@ -92,7 +94,9 @@ class ExampleSketches:
             name,
             self.sketch,
             cu_seqlens=offsets,
-            first_row=part * height,
+            first_row=part * height if place is None else place[0],
+            first_column=0 if place is None else place[1],
+            columns=None if place is None else place[2],
             scale=scale,
             out=self.out(name, left.device),
         )

@@ -54,6 +54,13 @@ def test_never_worse_than_eager(options, passes):
     assert passes.count("head_forward") == passes.count("head_backward") == len(drawn)
 
 
+@pytest.mark.parametrize("tokens", [1700, 4090])
+def test_thousands_of_rows_are_never_worse_than_eager(tokens, passes):
+    """Sums over all rows in one product, for the gradient of the weight."""
+    assert_never_worse_over([batch(tokens, 32, 150, BF16) for _ in range(checks.DRAWS)])
+    assert passes
+
+
 def test_neither_kept_nor_computed_logits_change_that(kept, passes):
     assert_never_worse_over([packed(width=112, dtype=BF16, **ALL) for _ in range(checks.DRAWS)])
     assert passes

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from merit_fast.kernels import dispatch
-from merit_fast.kernels.layers import add_rms_norm, geglu, layer_norm, rms_norm, rope, swiglu
+from merit_fast.kernels.layers import add_rms_norm, geglu, rms_norm, rope, swiglu
 
 pytestmark = pytest.mark.skipif(
     dispatch.native_module() is None, reason="the native kernels were not built"
@@ -19,7 +19,6 @@ def block(x, weight, q, k, cos, sin):
     """Every layer once; the ropes' heads in both layouts."""
     normed, total = add_rms_norm(x, 0.5 * x, weight, 1e-6)
     other = rms_norm(total, weight, 1e-6, casting="gemma", offset=1.0)
-    other = layer_norm(other, weight, weight, 1e-5)
     gated = (
         swiglu(normed, other)
         + geglu(normed, other, approximate="none")
@@ -74,7 +73,6 @@ def test_ops_keep_the_contracts_of_custom_ops():
             (q.transpose(1, 2), None, 1e-6, 0.0, "gemma", "cpu"),
         ],
         OPS.add_rms_norm: [(x, y, weight, 1e-6, 1.0, "gemma", "cpu")],
-        OPS.layer_norm: [(x, weight, weight, 1e-5, "cpu"), (x, None, None, 1e-5, "cpu")],
         OPS.gated: [(x, y, kind, "cpu") for kind in ("silu", "gelu", "gelu_tanh")],
         OPS.gated_packed: [(x, "silu", "cpu")],
         OPS.rope: [(q.transpose(1, 2), k, cos, sin, turns, "cpu") for turns in (False, True)],
@@ -86,7 +84,6 @@ def test_ops_keep_the_contracts_of_custom_ops():
             (y, y.clone(), x, weight, 1e-6, 0.0, True, "cpu"),
             (y, None, x, None, 1e-6, 0.0, False, "cpu"),
         ],
-        OPS.layer_norm_backward: [(y, x, weight, 1e-5, wants, "cpu") for wants in (True, False)],
         OPS.gated_backward: [(y, x, y.clone(), "silu", "cpu")],
         OPS.gated_packed_backward: [(y[..., :36], x, "gelu", "cpu")],
         OPS.rope_backward: [(q.transpose(1, 2), k, cos, sin, True, F32, True, False, "cpu")],
@@ -137,7 +134,7 @@ def test_function_transforms_map_over_examples():
         def loss(weight, x, q, k):
             normed, total = add_rms_norm(x, 0.5 * x, weight, 1e-6, backend=backend)
             other = rms_norm(normed, weight, 1e-6, backend=backend)
-            y = swiglu(other, layer_norm(total, weight, weight, 1e-5, backend=backend))
+            y = swiglu(other, total)
             turned = rope(q, k, angles.cos(), angles.sin(), backend=backend)
             sums = [(t * t.detach().cos()).sum() for t in turned]
             return y.square().sum() + geglu(y, backend=backend).sum() + sum(sums)
@@ -184,8 +181,8 @@ def test_functional_calls_reach_the_layers():
 
 def test_ops_may_be_captured_in_cuda_graphs():
     """A compiler keeps traced strides, and no op is excluded from captured graphs."""
-    names = ("rms_norm", "add_rms_norm", "layer_norm", "gated", "gated_packed", "rope")
-    backwards = ("rms_norm", "layer_norm", "gated", "gated_packed", "rope")
+    names = ("rms_norm", "add_rms_norm", "gated", "gated_packed", "rope")
+    backwards = ("rms_norm", "gated", "gated_packed", "rope")
     for name in (*names, *(f"{name}_backward" for name in backwards)):
         tags = getattr(OPS, name).default.tags
         assert torch.Tag.needs_exact_strides in tags and torch.Tag.cudagraph_unsafe not in tags

@@ -10,7 +10,6 @@ from merit_fast.kernels.layers import (
     _eager,
     add_rms_norm,
     geglu,
-    layer_norm,
     rms_norm,
     rope,
     swiglu,
@@ -39,7 +38,6 @@ def test_layouts_change_no_bit(dtype):
     angles = torch.rand(1, 4, 8).to(dtype)
     calls = {
         "norm": lambda x: rms_norm(x, weight, 1e-6),
-        "layer norm": lambda x: layer_norm(x, weight, None, 1e-6),
         "add x": lambda x: add_rms_norm(x, other, weight, 1e-6),
         "add residual": lambda x: add_rms_norm(other, x, weight, 1e-6),
         "gate": lambda x: swiglu(x, other),
@@ -78,7 +76,6 @@ def test_results_lie_in_memory_as_the_inputs_do():
     [
         "norm of 72",
         "add and norm of 72",
-        "layer norm of 72",
         "swiglu of 72",
         "packed swiglu of 72",
         "rope",
@@ -156,10 +153,6 @@ def test_wrong_arguments_are_named():
             lambda: swiglu(x, x[:1]),
             r"swiglu: gate and up must be \[..., I\] of one shape, got \[2, 8\], \[1, 8\]",
         ),
-        (
-            lambda: layer_norm(x, weight, torch.zeros(7), 1e-5),
-            r"layer_norm: x must be \[..., H\], weight and bias \[H\], got \[2, 8\], \[8\], \[7\]",
-        ),
         (lambda: swiglu(x[:, :7]), r"swiglu: gate without up must be \[..., 2 I\], got \[2, 7\]"),
         (
             lambda: geglu(x, x, approximate="erf"),
@@ -191,9 +184,6 @@ def test_other_dtypes_run_in_eager_unless_a_kernel_was_asked_for():
     x = torch.randn(2, 8).half()
     weight = torch.ones(8).half()
     assert torch.equal(rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6, backend="eager"))
-    wide = torch.randn(8, dtype=torch.float64)
-    mixed = layer_norm(x.float(), wide, None, 1e-5)
-    assert torch.equal(mixed, layer_norm(x.double(), wide, None, 1e-5).float())
     with pytest.raises(
         BackendUnavailableError,
         match="rms_norm: backend 'cpu' takes float32 and bfloat16, got torch.float16",

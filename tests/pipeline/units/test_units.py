@@ -2,7 +2,10 @@
 
 import fnmatch
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -96,6 +99,46 @@ def test_a_unit_that_cannot_be_done_is_bad_input(configured, name, rule):
     assert not (file.parent / "out").exists()
 
 
+MODULES = """
+import sys
+sys.argv = ["merit-fast", *sys.argv[1:]]
+from merit_fast.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print("torch" in sys.modules)
+"""
+
+
+def test_a_merge_starts_without_torch_whatever_its_threads(by_units, tmp_path):
+    """Torch takes seconds to load, and a merge may have a unit for each of its files."""
+    file, _ = by_units
+    shutil.copytree(file.parent / "out", tmp_path / "out")
+    shutil.copy(file, tmp_path)
+    shutil.rmtree(tmp_path / "out/merged/merit")
+    words = ["unit", str(tmp_path / "run.yml"), "merge/merit", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", MODULES, *words], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1] == "False", done
+    assert "done in" in done.stdout and "merge/merit" not in missing(tmp_path / "run.yml")[1]
+
+
+@pytest.mark.parametrize("unit", ["sketch", "split", "train/merit-0", "evaluate/base", "evaluate"])
+def test_torch_gets_its_threads_before_a_unit_computes(by_units, tmp_path, monkeypatch, unit):
+    file, _ = by_units
+    shutil.copytree(file.parent / "out", tmp_path / "out")
+    shutil.copy(file, tmp_path)
+    shutil.rmtree(missing(tmp_path / "run.yml")[0][unit].path)
+    threads = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    monkeypatch.setattr("merit_fast.pipeline.run.sys", SimpleNamespace(modules={}))  # no torch yet
+    run = Run(read_run_config(tmp_path / "run.yml", ["threads=1"]), Notes())
+    assert threads == []
+    assert do_unit(run, unit) and threads == [1]
+
+
 def test_the_command_line_does_and_lists_units(by_units, configured, call, tmp_path):
     file, _ = by_units
     code, out, error = call("unit", file)
@@ -135,13 +178,14 @@ def test_a_unit_that_is_killed_is_done_by_the_same_command(by_units, tmp_path, p
 
 
 @pytest.mark.process
-def test_the_same_unit_twice_at_once_is_done_once(by_units, tmp_path):
+@pytest.mark.parametrize("unit", ["train/merit-0", "merge/merit", "evaluate/base"])
+def test_the_same_unit_twice_at_once_is_done_once(by_units, tmp_path, unit):
     file, _ = by_units
     shutil.copytree(file.parent / "out", tmp_path / "out")
     shutil.copy(file, tmp_path)
     expected = results(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out/branches/merit-0")
-    command = ["-m", "merit_fast", "unit", str(tmp_path / "run.yml"), "train/merit-0"]
+    shutil.rmtree(missing(tmp_path / "run.yml")[0][unit].path)
+    command = ["-m", "merit_fast", "unit", str(tmp_path / "run.yml"), unit]
     ended = run_together([command] * 2, timeout=300)
     assert [process.returncode for process in ended] == [0, 0], ended
     states = sorted(process.stdout.split(":")[1].split()[0] for process in ended)

@@ -5,7 +5,11 @@ import torch
 import torch.distributed as dist
 from support.sketch.exact_gradients import SKETCH, hook_sketches, ragged_examples, tiny
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import merit_fast
 from merit_fast.errors import MeritFastError
@@ -39,16 +43,17 @@ def sketched(model, **options):
 
 def test_what_no_process_can_sketch_is_refused_by_the_parameters_name(mesh):
     split = tiny("llama")
-    parallelize_module(split.model.layers[0].mlp, mesh, {"up_proj": ColwiseParallel()})
+    parallelize_module(split.model.layers[0], mesh, {"input_layernorm": SequenceParallel()})
     with pytest.raises(
-        MeritFastError, match=r"layers\.0\.mlp\.up_proj\.weight must be whole .* is a DTensor"
+        MeritFastError, match=r"layers\.0\.input_layernorm\.weight .* DTensor of LlamaRMSNorm"
     ):
         merit_fast.sketch_gradients(split)
     with pytest.raises(MeritFastError, match=r"is a DTensor .* load_layered"):
         merit_fast.kfac_factors(split)
-    # What the process does have is sketched.
-    with GradientSketcher(split, SKETCH, {"lm_head.weight": split.lm_head.weight}):
-        pass
+    tied = tiny("llama", tied=True)
+    parallelize_module(tied, mesh, {"lm_head": ColwiseParallel()})
+    with pytest.raises(MeritFastError, match="tensor parallelism has made two of it"):
+        merit_fast.sketch_gradients(tied)
     flat = FullyShardedDataParallel(
         tiny("llama"), device_id=torch.device("cpu"), use_orig_params=True
     )

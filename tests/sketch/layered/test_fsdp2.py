@@ -1,4 +1,4 @@
-"""Sketches of a model that FSDP2 divides among processes."""
+"""Sketches of a model that FSDP2 or tensor parallelism divides among processes."""
 
 import pytest
 from support.paths import TESTS
@@ -16,6 +16,7 @@ RANK = (
     [
         pytest.param(["equal_bits"], id="bits-and-sums-of-whole-models"),
         pytest.param(["slow", "wrong_formula"], id="processes-agree-on-what-taps-cannot-sketch"),
+        pytest.param(["tensor_parallel"], id="slices-of-tensor-parallelism-add-up"),
     ],
 )
 def test_two_processes(tmp_path, cases):

@@ -38,6 +38,7 @@ def wait_until(is_met: object, seconds: float) -> bool:
 
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+assert cluster.head_node is not None
 driver = subprocess.Popen(
     [sys.executable, "-c", DRIVER, cluster.address],
     stdout=subprocess.DEVNULL,

@@ -12,7 +12,6 @@ from merit_fast.kernels.layers import (
     _triton,
     add_rms_norm,
     geglu,
-    layer_norm,
     rms_norm,
     rope,
     swiglu,
@@ -21,8 +20,6 @@ from merit_fast.kernels.layers import (
 KERNELS = (
     "norm_kernel",
     "norm_backward_kernel",
-    "layer_norm_kernel",
-    "layer_norm_backward_kernel",
     "gated_kernel",
     "gated_backward_kernel",
     "rope_kernel",
@@ -44,8 +41,6 @@ def launches() -> list[GpuLaunch]:
             lambda x, r, w: add_rms_norm(x, r, w, 1e-6)[0],
             [(8, 4096)] * 2 + [(4096,)],
         ),
-        *layer_norms("layer norm, bf16, 4096", BF16, 4096),
-        *layer_norms("layer norm, fp32, 768", F32, 768),
         *pair("swiglu, bf16", swiglu, [(8, 11008)] * 2),
         *pair("swiglu, packed, bf16", swiglu, [(8, 2 * 11008)]),
         *pair("geglu, fp32", geglu, [(8, 11008)] * 2, F32),
@@ -69,7 +64,6 @@ def ones() -> list[GpuLaunch]:
     """Rows, columns, strides, heads and tokens of 1, of which Triton makes constants."""
     return [
         *norm("norm of one", F32, 1),
-        *layer_norms("layer norm of one", F32, 1),
         *pair("swiglu of one", swiglu, [(1, 1)] * 2),
         *pair("packed swiglu of one", swiglu, [(1, 2)]),
         *heads("rope of one pair", F32, 2, 2),
@@ -78,11 +72,6 @@ def ones() -> list[GpuLaunch]:
 
 def norm(name: str, dtype: torch.dtype, columns: int) -> list[GpuLaunch]:
     return pair(name, lambda x, w: rms_norm(x, w, 1e-6), [(8, columns), (columns,)], dtype)
-
-
-def layer_norms(name: str, dtype: torch.dtype, columns: int) -> list[GpuLaunch]:
-    shapes = [(8, columns), (columns,), (columns,)]
-    return pair(name, lambda x, w, b: layer_norm(x, w, b, 1e-5), shapes, dtype)
 
 
 def heads(

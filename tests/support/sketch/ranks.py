@@ -1,9 +1,10 @@
-"""One of the processes among which FSDP2 divides a model that is sketched.
+"""One of the processes among which FSDP2 or tensor parallelism divides a sketched model.
 
 python -m support.sketch.ranks RANK SIZE FOLDER CASE...
 """
 
 import datetime
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -12,11 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support.sketch.exact_gradients import SKETCH, ragged_examples, summed_loss, tiny
+from support.sketch.exact_gradients import SIZES, SKETCH, ragged_examples, summed_loss, tiny
 from support.sketch.odd_modules import TimeFirst
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import merit_fast
 from merit_fast.errors import MeritFastError
 from merit_fast.sketch.capture import coverage
 from merit_fast.sketch.gradients import GradientSketcher
@@ -125,8 +129,69 @@ def wrong_formula(rank: int) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def _model(norms: bool) -> Any:
+    """A Llama, or a Qwen3 with norms of its heads, whose sizes two processes can divide."""
+    import transformers as t
+
+    sizes: dict[str, Any] = {**SIZES, "hidden_size": 40, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "attention_bias": True, "tie_word_embeddings": False}
+    config = t.Qwen3Config(**sizes, head_dim=12) if norms else t.LlamaConfig(**sizes, mlp_bias=True)
+    torch.manual_seed(0)
+    auto: Any = t.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tensor_parallel(rank: int) -> None:
+    """Slices of linear layers and embeddings add up to the sketches of the whole model."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    examples = ragged_examples(LENGTHS[0])  # the same in both
+    rows = {"o_proj", "down_proj"}
+    for norms in (False, True):
+        model = _model(norms)
+        plan: dict[str, Any] = {
+            name: RowwiseParallel() if name.split(".")[-1] in rows else ColwiseParallel()
+            for name, _ in model.named_modules()
+            if name.endswith("_proj")
+        }
+        plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
+        plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+        model = parallelize_module(model, mesh, plan)
+        if norms:  # a process has the gradient of its own heads only
+            try:
+                sketched(model, examples, ["a"])
+            except MeritFastError as error:
+                assert "_norm.weight must have one gradient in all processes" in str(error), error
+            else:
+                raise AssertionError("a part of a gradient was taken for all of it")
+            continue
+        found, sketcher = sketched(model, examples, ["a", "b"])
+        whole, expected = sketched(_model(norms), examples, ["a", "b"])
+        assert (found - whole).norm() < 1e-6 * whole.norm()
+        assert sketcher.identity == expected.identity
+        assert sketcher.checked.sum_error < 2e-6 and sketcher.checked.row_error < 2e-6
+        sums: list[Any] = [None, None]
+        dist.all_gather_object(sums, sketcher.state["a"].block_sums)
+        assert torch.equal(*sums)
+        for refused in (
+            sketcher.sum_over_processes,
+            functools.partial(GradientSketcher, model, SKETCH, check="never"),
+            functools.partial(merit_fast.kfac_factors, model),
+        ):
+            try:
+                refused()
+            except MeritFastError as error:
+                assert "tensor parallelism" in str(error), error
+            else:
+                raise AssertionError("not refused")
+
+
 CASES: dict[str, Callable[[int], None]] = {
-    case.__name__: case for case in (equal_bits, slow, wrong_formula)
+    case.__name__: case for case in (equal_bits, slow, wrong_formula, tensor_parallel)
 }
 
 

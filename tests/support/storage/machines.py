@@ -12,6 +12,7 @@ from merit_fast.pipeline.storage.place import list_objects, open_place
 from merit_fast.pipeline.storage.store import OutputStore
 from merit_fast.pipeline.units.listing import list_units, missing_units
 from merit_fast.pipeline.units.stored import take_plan
+from merit_fast.records import replace
 
 WEIGHTS = 300_000  # bytes; a model of these tests has more
 
@@ -20,6 +21,7 @@ def machine(folder: Path, finished_run: Any, storage: str) -> Run:
     """A run as a fresh process on a machine has it; ``folder`` is that machine's disk."""
     folder.mkdir(exist_ok=True)
     config = read_run_config(finished_run.copy_config(folder))
+    config = replace(config, output=str(folder / f"scratch-of-{folder.name}"))
     return Run(config, Notes(), store=OutputStore(open_place(storage)))
 
 
@@ -40,9 +42,9 @@ def forget(storage: str, name: str) -> None:
 
 
 def copy_of(storage: str, target: str = "") -> str:
-    """Another store with the same objects; ``target``: its place."""
+    """Another store with the same objects and name; ``target``: its place."""
     source = open_place(storage)
-    copy = open_place(target or f"memory://run-{next(NUMBERS)}")
+    copy = open_place(target or f"memory://copy-{next(NUMBERS)}/{source.name}")
     for path in list_objects(source):
         copy.store.pipe_file((copy / path).path, source.store.cat_file((source / path).path))
     return str(copy)
