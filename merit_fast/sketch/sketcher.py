@@ -58,15 +58,17 @@ class GradientSketcher:
         factors: K-FAC factors (``kfac_factors``), without ``scales``.
         blocks: blocks of each state; examples fill them in turn.
         fingerprint: the model's, for the states; None: that of its weights in memory.
-        weight, check, uncovered, parts: as for ``sketch_gradients``.
+        weight: as for ``sketch_gradients``, and so are the next three.
+        check: "first", "always" or "never".
+        uncovered: "autograd" or "error".
+        parts: part -> regular expression.
         collect_side: collects the second moments of gradients, with sides up to this length kept
             whole, instead of sketching (``FactorCollector``).
         notify: gets one line whenever there are more ``slow_parameters``; None: a warning.
 
     Raises:
         InputError: ``check``, ``uncovered`` or ``weight`` has another value.
-        MeritFastError: a parameter cannot be covered; raised here, in the forward or in the
-            backward pass. The message names it.
+        MeritFastError: a parameter cannot be covered, here or in a pass; the message names it.
     """
 
     def __init__(  # noqa: PLR0913
