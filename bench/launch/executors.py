@@ -201,7 +201,7 @@ def different_files(first: dict[str, str], second: dict[str, str]) -> list[str]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """What every way cost and which files differ from the first way's, as Markdown.
+    """A Markdown table of every way's cost, and of the files that differ from the first way's.
 
     CPU seconds are those of the units, without the driver's.
     """

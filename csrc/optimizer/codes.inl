@@ -32,8 +32,9 @@ static inline int32_t nearest_whole(float value) {
   return int32_t(as_bits(value + 12582912.f) & 0x3fffffu);
 }
 
-// Returns the code of a value in units of the smallest code's. The value lies above k^2 + u (2k + 1)
-// exactly if k + 1 is the code, for u = 1/2 - shift: rounding is unbiased in the value.
+// Returns the code of a value in units of the smallest code's. The value lies above
+// k^2 + u (2k + 1) exactly if k + 1 is the code, for u = 1/2 - shift: rounding is unbiased in the
+// value.
 static inline int32_t first_code(float scaled, float shift) {
   const float square = scaled + (shift * shift - 0.25f);
   return nearest_whole(std::sqrt(square > 0.f ? square : 0.f) + shift);

@@ -111,7 +111,7 @@ def _clean(arguments: argparse.Namespace) -> None:
 def _removable(
     arguments: argparse.Namespace,
 ) -> "tuple[Location, list[OutputStatus], Remove]":
-    """What can be removed from a run or a store, and the function that removes it."""
+    """The outputs that a run or a store can spare, and the function that removes them."""
     if arguments.storage is None:
         from merit_fast.pipeline.kept.clean import removable, remove
 

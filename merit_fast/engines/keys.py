@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import json
-import subprocess
 from collections.abc import Mapping
 from typing import Any
 
-from merit_fast.errors import InputError, MeritFastError
+from merit_fast.engines.asking import ask
+from merit_fast.errors import InputError
 from merit_fast.train.stack.options import Engine
 
-_TIMEOUT_S = 600  # of imports on a slow disk
-_MARK = "merit_fast keys: "
 _DATACLASSES = """
 import dataclasses
 names = {field.name for cls in classes for field in dataclasses.fields(cls)} | {"env"}
 """
-_PRINT = f"""
-import json
-print({_MARK!r} + json.dumps(sorted(names)))
+_SORT = """
+answer = sorted(names)
 """
 # Python that sets ``names``; the configuration's file is the first argument.
 _SCRIPTS: Mapping[Engine, str] = {
@@ -56,23 +52,7 @@ def check_keys(engine: Engine, python: str, file: str, values: Mapping[str, Any]
         InputError: a key is unknown; the nearest is named.
         MeritFastError: the stack's environment fails before it tells its keys.
     """
-    try:
-        process = subprocess.run(
-            [python, "-c", _SCRIPTS[engine] + _PRINT, file],
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise MeritFastError(
-            f"train.engine: {engine} is not imported by {python} within {_TIMEOUT_S} s"
-        ) from None
-    line = next((x for x in process.stdout.splitlines() if x.startswith(_MARK)), None)
-    if line is None:
-        last = (process.stderr.strip().splitlines() or ["no output"])[-1]
-        raise MeritFastError(f"train.engine: {engine} cannot be imported by {python}: {last}")
-    known = set(json.loads(line.removeprefix(_MARK)))
+    known = set(ask(engine, python, _SCRIPTS[engine] + _SORT, file))
     for key in values:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, 1)

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
 from collections.abc import Mapping
 from typing import Any
 
+from merit_fast.engines.asking import ask
 from merit_fast.engines.stacks import python_of
-from merit_fast.errors import InputError, MeritFastError, show
+from merit_fast.errors import InputError, show
 from merit_fast.integrations.swift import PLUGIN_FILE
 from merit_fast.train.config import TrainConfig
 
 _CALLBACK = "merit"
-_TIMEOUT_S = 600  # of imports on a slow disk
-_MARK = "merit_fast model: "
 _UNKNOWN = "dummy"  # ms-swift's template of a model that it does not know
 # The arguments are the model's folder, and the user's model_type and template or "".
-_SCRIPT = f"""
-import json, sys
+_SCRIPT = """
+import sys
 from swift.model import get_model_info_meta
 from swift.template import get_template_meta
 folder, kind, template = (word or None for word in sys.argv[1:])
-answer = {{}}
+answer = {}
 try:
     info, meta = get_model_info_meta(folder, model_type=kind)
     answer["model_type"] = meta.model_type
     answer["template"] = get_template_meta(info, meta, template_type=template).template_type
 except ValueError as error:
     answer["error"] = str(error)
-print({_MARK!r} + json.dumps(answer))
 """
 
 
@@ -100,26 +96,5 @@ def _kind_of(train: TrainConfig, user: Mapping[str, Any], folder: str) -> dict[s
 
 @functools.cache
 def _ask(python: str, *words: str) -> Mapping[str, Any]:
-    """The answer of ms-swift's environment.
-
-    Raises:
-        MeritFastError: it cannot be asked.
-    """
-    try:
-        process = subprocess.run(
-            [python, "-c", _SCRIPT, *words],
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise MeritFastError(
-            f"train.engine: swift is not imported by {python} within {_TIMEOUT_S} s"
-        ) from None
-    line = next((x for x in process.stdout.splitlines() if x.startswith(_MARK)), None)
-    if line is None:
-        last = (process.stderr.strip().splitlines() or ["no output"])[-1]
-        raise MeritFastError(f"train.engine: swift cannot be asked by {python}: {last}")
-    answer: dict[str, Any] = json.loads(line.removeprefix(_MARK))
+    answer: Mapping[str, Any] = ask("swift", python, _SCRIPT, *words)
     return answer

@@ -4,7 +4,6 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from types import TracebackType
 
 from merit_fast.threads import Job
 
@@ -15,7 +14,7 @@ _WAIT_S = 0.005  # between two looks at the writers
 class FollowingHash:
     """XXH3, 128 bits, of an open file; a thread reads each byte once it is final.
 
-    Used as a context: its end stops the thread.
+    ``close`` ends the thread (``contextlib.closing``).
 
     Args:
         descriptor: the file, open for reading.
@@ -33,15 +32,8 @@ class FollowingHash:
         self._stop = threading.Event()
         self._thread = Job(self._follow)
 
-    def __enter__(self) -> "FollowingHash":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends the thread."""
         self._stop.set()
         self._thread.join()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def write_shard(
     """
     with (
         open_files(input_files((*shard.segments, *shard.copies)), path) as opened,
-        _hash_of_output(shard, opened, backend) if hashed else nullcontext() as digest,
+        closing(_hash_of_output(shard, opened, backend)) if hashed else nullcontext() as digest,
     ):
         os.posix_fallocate(opened.output, 0, shard.num_bytes)
         opened.write(shard.header, 0)

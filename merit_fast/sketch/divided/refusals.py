@@ -72,4 +72,5 @@ def _gathered_by_fsdp2(model: nn.Module) -> Iterator[int]:
 
 def _num_shards(parameter: nn.Parameter) -> int:
     """Number of the mesh's dimensions that divide a DTensor."""
-    return sum(not placement.is_replicate() for placement in parameter.placements)  # type: ignore[attr-defined]
+    divided: Any = parameter
+    return sum(not placement.is_replicate() for placement in divided.placements)

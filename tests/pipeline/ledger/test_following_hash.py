@@ -4,6 +4,7 @@ import os
 import random
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_the_hash_is_that_of_the_finished_file_whatever_the_order(tmp_path, size
     file = tmp_path / "file"
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
     os.truncate(descriptor, size)
-    with FollowingHash(descriptor, written.prefix) as digest:
+    with closing(FollowingHash(descriptor, written.prefix)) as digest:
         for at, count in runs:
             os.pwrite(descriptor, data[at : at + count], at)
             written.add(at, count)
@@ -51,7 +52,7 @@ def test_bytes_that_may_still_change_are_not_read(tmp_path):
     size = 3 << 20
     written = native().Written()
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    with FollowingHash(descriptor, written.prefix) as digest:
+    with closing(FollowingHash(descriptor, written.prefix)) as digest:
         os.pwrite(descriptor, b"a" * (2 << 20), 1 << 20)
         written.add(1 << 20, 2 << 20)
         time.sleep(0.05)
@@ -87,7 +88,10 @@ def test_prefixes_grow_with_many_writers():
 def test_a_file_that_is_cut_while_it_is_hashed_is_an_error(tmp_path):
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     os.pwrite(descriptor, b"x" * 10, 0)
-    with FollowingHash(descriptor, lambda: 0) as digest, pytest.raises(OSError, match="10 of 11"):
+    with (
+        closing(FollowingHash(descriptor, lambda: 0)) as digest,
+        pytest.raises(OSError, match="10 of 11"),
+    ):
         digest.finish(11)
     os.close(descriptor)
 
@@ -95,7 +99,7 @@ def test_a_file_that_is_cut_while_it_is_hashed_is_an_error(tmp_path):
 def test_an_error_of_the_writer_ends_the_thread(tmp_path):
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     before = threading.active_count()
-    with pytest.raises(KeyError), FollowingHash(descriptor, lambda: 0):
+    with pytest.raises(KeyError), closing(FollowingHash(descriptor, lambda: 0)):
         raise KeyError("of the writer")
     os.close(descriptor)
     assert threading.active_count() == before

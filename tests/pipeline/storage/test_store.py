@@ -141,7 +141,7 @@ def test_a_file_that_is_not_as_it_was_sent_is_an_error(place, make_output, tmp_p
     assert not list((tmp_path / "copy").rglob("*.part"))
 
 
-@pytest.mark.parametrize("elsewhere", ["../../victim", "/tmp/victim", "deep/../../victim"])
+@pytest.mark.parametrize("elsewhere", ["../../victim", "/victim", "deep/../../victim"])
 def test_a_stage_json_writes_nothing_outside_of_its_output(place, make_output, tmp_path, elsewhere):
     path, fingerprint = make_output(NAME)
     OutputStore(place).push(path, NAME)
